@@ -1,0 +1,86 @@
+"""What a route may ask for, as named types."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Query, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from api.engine import Engine
+from core.control import db, projects, queue
+from core.control.db import Sessions
+from core.control.projects import Caller
+from core.control.tables import Role
+from core.errors import GraftError
+from core.ml.catalogue import Catalogue
+from core.settings import Settings
+from core.storage import Storage
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the process has opened; made once in `create_app`."""
+
+    settings: Settings
+    sessions: Sessions
+    storage: Storage
+    sender: queue.Sender
+    engine: Engine
+    catalogue: Catalogue
+
+
+def _services(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)  # noqa: S101 - create_app put it there
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+
+_bearer = HTTPBearer(auto_error=False, description="An API key: gr_…")
+
+
+def _caller(
+    services: ServicesDep,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Caller:
+    if credentials is None:
+        raise GraftError(
+            "missing_key",
+            "This request carries no API key.",
+            status=401,
+            hint="Send the header: Authorization: Bearer <key>. The first key lies in admin.key in the home folder.",
+        )
+    with db.reading(services.sessions) as session:
+        caller = projects.authenticate(session, credentials.credentials)
+    if caller is None:
+        raise GraftError("invalid_key", "This API key does not exist or was revoked.", status=401)
+    return caller
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]
+
+
+def _admin(caller: CallerDep) -> Caller:
+    if caller.role != Role.ADMIN:
+        raise GraftError("admin_only", "This call needs a key of role admin.", status=403)
+    return caller
+
+
+AdminDep = Annotated[Caller, Depends(_admin)]
+
+
+@dataclass(frozen=True)
+class Page:
+    limit: int
+    after: str | None
+
+
+def _page(
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+) -> Page:
+    return Page(limit, after)
+
+
+PageDep = Annotated[Page, Depends(_page)]

@@ -1,0 +1,73 @@
+"""The API process: `create_app` opens what it needs and hangs up the routes."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from api import errors
+from api.deps import Services
+from api.engine import Engine
+from api.middleware import RequestId
+from api.requests import LimitBody
+from api.routes import adapters, datasets, generate, health, jobs, keys, models
+from core import log
+from core.control import db, projects, queue
+from core.control.tables import Role
+from core.ml.catalogue import Catalogue
+from core.settings import Settings, load
+from core.storage import Storage
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application; without settings they come from the environment."""
+    settings = settings or load()
+    log.setup(settings.log_level)
+    services = Services(
+        settings=settings,
+        sessions=db.connect(settings.database),
+        storage=Storage(settings.storage, s3_endpoint_url=settings.s3_endpoint_url),
+        sender=queue.Sender(queue.create(settings)),
+        engine=Engine(
+            settings.engine_url,
+            settings.engine_key.get_secret_value() if settings.engine_key else None,
+        ),
+        catalogue=Catalogue(settings.models_folder, settings.models, settings.allow_hub),
+    )
+    app = FastAPI(
+        title="Graft",
+        description="Fine-tune language models on your own machines.",
+        lifespan=_lifespan,
+        redoc_url=None,
+    )
+    app.state.services = services
+    errors.install(app)
+    app.add_middleware(LimitBody, upload_max_bytes=settings.upload_max_bytes)
+    app.add_middleware(RequestId)
+    for module in (datasets, jobs, adapters, generate, models, keys, health):
+        app.include_router(module.router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    _first_admin(services)
+    yield
+    services.sender.close()
+    await services.engine.close()
+
+
+def _first_admin(services: Services) -> None:
+    """Enter the admin key of the settings, where the database has no admin key yet."""
+    if services.settings.admin_key is None:
+        return
+    key = services.settings.admin_key.get_secret_value()
+    with (
+        contextlib.suppress(db.AlreadyThere),
+        services.sessions.begin() as session,
+    ):  # another process was first
+        if not projects.has_admin(session):
+            project = projects.default_project(session)
+            projects.create_key(session, project.id, "first admin key", Role.ADMIN, key=key)

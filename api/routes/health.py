@@ -1,0 +1,51 @@
+"""Is the process alive, and is everything it needs there? The only calls without a key."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from fastapi import APIRouter, Response
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import Services, ServicesDep
+from core.control import db, workers
+
+router = APIRouter(prefix="/health", tags=["health"])
+logger = logging.getLogger(__name__)
+
+
+@router.get("/live")
+def live() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(services: ServicesDep, response: Response) -> dict[str, object]:
+    """200 when every part answers, else 503 with the parts that do not."""
+    names = ["database", "broker", "storage", "workers", "engine"]
+    states = await asyncio.gather(
+        run_in_threadpool(_works, lambda s: db.check(s.sessions), services),
+        run_in_threadpool(_works, lambda s: s.sender.check(), services),
+        run_in_threadpool(_works, lambda s: s.storage.check(), services),
+        run_in_threadpool(_works, _workers, services),
+        services.engine.ready(),
+    )
+    parts = {name: "ok" if state else "down" for name, state in zip(names, states, strict=True)}
+    up = all(states)
+    response.status_code = 200 if up else 503
+    return {"status": "ok" if up else "starting or broken", "parts": parts}
+
+
+def _works(check: Callable[[Services], None], services: Services) -> bool:
+    try:
+        check(services)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the part does not work
+        logger.info("health check failed", extra={"error": str(error)})
+        return False
+    return True
+
+
+def _workers(services: Services) -> None:
+    with db.reading(services.sessions) as session:
+        if not workers.alive(session):
+            raise LookupError("no worker has been heard of lately")

@@ -1,0 +1,219 @@
+"""Jobs: post, watch, cancel, delete."""
+
+import asyncio
+import csv
+import hashlib
+import io
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import CallerDep, PageDep, Services, ServicesDep
+from api.requests import StrictRoute
+from api.schemas.common import Deleted, Listing
+from api.schemas.jobs import CheckpointOut, EventOut, JobCreate, JobOut
+from core.control import datasets, db, events, jobs
+from core.control.db import AlreadyThere
+from core.control.tables import FINISHED, Job, JobStatus
+from core.errors import BadRequest, Conflict
+from core.ml import catalogue
+from core.ml.training import config
+
+router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
+
+_POLL_SECONDS = 0.5
+_PING_SECONDS = 15.0
+
+
+@router.post("", status_code=201)
+def create(
+    body: JobCreate,
+    services: ServicesDep,
+    caller: CallerDep,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> JobOut:
+    """Queue a job. It starts as soon as a worker is free."""
+    sha256 = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+    model = body.model or services.settings.default_model
+    catalogue.check(services.catalogue, model)
+    settled = config.settle(
+        config.Spec(**{name: getattr(body, name) for name in config.Spec.model_fields})
+    )
+    spec = settled.model_dump() | {
+        "validation": body.validation.model_dump() if body.validation else None
+    }
+    try:
+        with services.sessions.begin() as session:
+            if idempotency_key and (
+                earlier := jobs.replay(session, caller.project_id, idempotency_key, sha256)
+            ):
+                return JobOut.of(earlier)
+            dataset = datasets.get(session, caller.project_id, body.dataset_id, param="dataset_id")
+            if body.validation and body.validation.dataset_id:
+                datasets.get(
+                    session,
+                    caller.project_id,
+                    body.validation.dataset_id,
+                    param="validation.dataset_id",
+                )
+            job = jobs.create(
+                session,
+                caller.project_id,
+                name=body.name or dataset.name,
+                model=model,
+                dataset_id=dataset.id,
+                spec=spec,
+                labels=body.metadata,
+            )
+            if idempotency_key:
+                jobs.remember(session, caller.project_id, idempotency_key, sha256, job.id)
+            position = jobs.position(session, job)
+    except AlreadyThere as error:  # the same key in the same moment
+        raise Conflict(
+            "idempotency_conflict",
+            "A request with this Idempotency-Key is being worked on.",
+            hint="Send it again in a moment.",
+        ) from error
+    services.sender.send(job.id)
+    return JobOut.of(job, position)
+
+
+@router.get("")
+def list_(
+    request: Request,
+    services: ServicesDep,
+    caller: CallerDep,
+    page: PageDep,
+    status: JobStatus | None = None,
+) -> Listing[JobOut]:
+    """Newest first; `metadata[key]=value` selects."""
+    labels = {
+        name[9:-1]: value
+        for name, value in request.query_params.items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+    with db.reading(services.sessions) as session:
+        rows = jobs.page(
+            session,
+            caller.project_id,
+            limit=page.limit,
+            after=page.after,
+            status=status,
+            labels=labels,
+        )
+        return Listing.of([_out(session, row) for row in rows], page.limit)
+
+
+@router.get("/{job_id}")
+def get(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
+    with db.reading(services.sessions) as session:
+        return _out(session, jobs.get(session, caller.project_id, job_id))
+
+
+@router.post("/{job_id}/cancel")
+def cancel(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
+    """Stop after the current step. Cancelling a cancelled job changes nothing."""
+    with services.sessions.begin() as session:
+        return _out(session, jobs.cancel(session, caller.project_id, job_id))
+
+
+@router.delete("/{job_id}")
+def delete(job_id: str, services: ServicesDep, caller: CallerDep) -> Deleted:
+    """Delete a finished job, its events, metrics and checkpoints; its adapter stays."""
+    with services.sessions.begin() as session:
+        job = jobs.remove(session, caller.project_id, job_id)
+    services.storage.delete(f"jobs/{job.id}")
+    return Deleted(id=job.id)
+
+
+@router.get("/{job_id}/events", response_model=Listing[EventOut])
+def list_events(
+    job_id: str,
+    request: Request,
+    services: ServicesDep,
+    caller: CallerDep,
+    page: PageDep,
+    last_event_id: Annotated[int | None, Header(ge=0)] = None,
+) -> Any:
+    """Newest first; with `Accept: text/event-stream` as they happen, after `Last-Event-ID`."""
+    with db.reading(services.sessions) as session:
+        job = jobs.get(session, caller.project_id, job_id)
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return StreamingResponse(
+                _follow(services, job.id, last_event_id or 0),
+                media_type="text/event-stream",
+                headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            )
+        if page.after is not None and not page.after.isdecimal():
+            raise BadRequest(
+                "invalid_request", 'The field "after" must be the id of an event.', param="after"
+            )
+        before = int(page.after) if page.after else None
+        rows = events.page(session, job.id, limit=page.limit, before=before)
+        return Listing.of([EventOut.of(row) for row in rows], page.limit)
+
+
+@router.get("/{job_id}/metrics", response_model=None)
+def metrics(
+    job_id: str,
+    services: ServicesDep,
+    caller: CallerDep,
+    format: Annotated[str, Query(pattern="^(json|csv)$")] = "json",  # noqa: A002 - the contract's name
+    points: Annotated[int | None, Query(ge=2, le=10_000)] = None,
+) -> dict[str, Any] | Response:
+    """The values of every step; `points` thins them out evenly, first and last kept."""
+    with db.reading(services.sessions) as session:
+        job = jobs.get(session, caller.project_id, job_id)
+        rows = [{"step": row.step, **row.values} for row in events.metrics(session, job.id)]
+    if points is not None and len(rows) > points:
+        rows = [rows[round(i * (len(rows) - 1) / (points - 1))] for i in range(points)]
+    if format == "json":
+        return {"object": "list", "data": rows, "has_more": False}
+    names = ["step", *sorted({name for row in rows for name in row} - {"step"})]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return Response(text.getvalue(), media_type="text/csv")
+
+
+@router.get("/{job_id}/checkpoints")
+def checkpoints(job_id: str, services: ServicesDep, caller: CallerDep) -> Listing[CheckpointOut]:
+    with db.reading(services.sessions) as session:
+        job = jobs.get(session, caller.project_id, job_id)
+        return Listing(
+            data=[CheckpointOut.of(row) for row in events.checkpoints(session, job.id)],
+            has_more=False,
+        )
+
+
+def _out(session: Any, job: Job) -> JobOut:
+    return JobOut.of(job, jobs.position(session, job) if job.status == JobStatus.QUEUED else None)
+
+
+async def _follow(services: Services, job_id: str, last: int) -> AsyncIterator[str]:
+    """Events as server-sent events, until the job has ended and all of them are sent."""
+
+    def read() -> tuple[list[EventOut], bool]:
+        with db.reading(services.sessions) as session:
+            job = session.get(Job, job_id)
+            over = job is None or job.status in FINISHED
+            return [EventOut.of(row) for row in events.after(session, job_id, last)], over
+
+    quiet = 0.0
+    while True:
+        found, over = await run_in_threadpool(read)
+        for event in found:
+            last = event.id
+            yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(event.model_dump(mode='json'))}\n\n"
+        if over and not found:
+            return
+        quiet = 0.0 if found else quiet + _POLL_SECONDS
+        if quiet >= _PING_SECONDS:
+            quiet = 0.0
+            yield ": still here\n\n"
+        await asyncio.sleep(0 if found else _POLL_SECONDS)

@@ -1,0 +1,63 @@
+"""Generation on the wire."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, StringConstraints, model_validator
+
+from api.schemas.common import Request
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class Message(Request):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class GenerateRequest(Request):
+    """`messages`, or `prompt` as one user turn (as plain text with `raw`)."""
+
+    adapter_id: str | None = None
+    model: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=1000)
+    prompt: str | None = None
+    raw: bool = False
+    max_new_tokens: int = Field(256, ge=1, le=32_768)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=1000)
+    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    n: int = Field(1, ge=1, le=8)
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("give messages or prompt")
+        if self.raw and self.prompt is None:
+            raise ValueError("raw needs a prompt")
+        if self.messages and self.messages[-1].role == "assistant":
+            raise ValueError(
+                "the last message must not be the assistant's: it is what is to be written"
+            )
+        if self.adapter_id and self.model:
+            raise ValueError("give adapter_id or model: an adapter knows its base model")
+        if self.stream and self.n > 1:
+            raise ValueError("a stream has one output: n must be 1")
+        return self
+
+
+class Output(BaseModel):
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+class Generation(BaseModel):
+    id: str
+    object: Literal["generation"] = "generation"
+    model: str
+    adapter_id: str | None
+    outputs: list[Output]
+    usage: dict[str, Any]

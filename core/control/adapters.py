@@ -1,0 +1,34 @@
+"""Adapter rules and queries."""
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.control.tables import Adapter
+from core.errors import NotFound
+
+
+def get(session: Session, project_id: str, adapter_id: str, *, param: str | None = None) -> Adapter:
+    """Raises NotFound `adapter_not_found`, for another project's adapter too."""
+    adapter = session.get(Adapter, adapter_id)
+    if adapter is None or adapter.project_id != project_id:
+        raise NotFound(
+            "adapter_not_found",
+            f'There is no adapter "{adapter_id[:60]}".',
+            param=param,
+            hint="GET /adapters lists those of your project.",
+        )
+    return adapter
+
+
+def page(session: Session, project_id: str, *, limit: int, after: str | None) -> list[Adapter]:
+    """Newest first; one more than `limit`, to tell whether there are more."""
+    query = select(Adapter).where(Adapter.project_id == project_id)
+    if after is not None:
+        query = query.where(Adapter.id < after)
+    return list(session.scalars(query.order_by(Adapter.id.desc()).limit(limit + 1)))
+
+
+def delete(session: Session, project_id: str, adapter_id: str) -> Adapter:
+    adapter = get(session, project_id, adapter_id)
+    session.delete(adapter)
+    return adapter

@@ -1,0 +1,71 @@
+"""Data set rules and queries."""
+
+from typing import Any, cast
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.control.tables import FINISHED, Dataset, Job, new_id, utcnow
+from core.errors import Conflict, NotFound
+from core.ml.formats.chat import Format
+from core.ml.formats.read import FileType
+from core.ml.formats.validate import Reading
+
+
+def create(session: Session, project_id: str, **fields: Any) -> Dataset:
+    """Insert a data set whose file lies in the storage already; `fields` are the table's columns."""
+    dataset = Dataset(project_id=project_id, created_at=utcnow(), **fields)
+    session.add(dataset)
+    return dataset
+
+
+def fresh_id() -> str:
+    return new_id("ds")
+
+
+def get(session: Session, project_id: str, dataset_id: str, *, param: str | None = None) -> Dataset:
+    """Raises NotFound `dataset_not_found`, for another project's data set too."""
+    dataset = session.get(Dataset, dataset_id)
+    if dataset is None or dataset.project_id != project_id:
+        raise NotFound(
+            "dataset_not_found",
+            f'There is no data set "{dataset_id[:60]}".',
+            param=param,
+            hint="GET /datasets lists those of your project.",
+        )
+    return dataset
+
+
+def page(session: Session, project_id: str, *, limit: int, after: str | None) -> list[Dataset]:
+    """Newest first; one more than `limit`, to tell whether there are more."""
+    query = select(Dataset).where(Dataset.project_id == project_id)
+    if after is not None:
+        query = query.where(Dataset.id < after)
+    return list(session.scalars(query.order_by(Dataset.id.desc()).limit(limit + 1)))
+
+
+def delete(session: Session, project_id: str, dataset_id: str) -> Dataset:
+    """Raises NotFound, or Conflict `dataset_in_use` while an unfinished job reads it."""
+    dataset = get(session, project_id, dataset_id)
+    users = session.scalars(
+        select(Job).where(Job.project_id == project_id, Job.status.not_in(FINISHED))
+    )
+    for job in users:
+        if dataset_id in (job.dataset_id, (job.spec.get("validation") or {}).get("dataset_id")):
+            raise Conflict(
+                "dataset_in_use",
+                f"Job {job.id} is {job.status} and reads this data set.",
+                hint="Wait until the job has ended, or cancel it.",
+            )
+    session.delete(dataset)
+    return dataset
+
+
+def reading(dataset: Dataset, line_max_bytes: int) -> Reading:
+    """How the data set's file is read."""
+    return Reading(
+        cast(FileType, dataset.file_type),
+        cast(Format, dataset.format),
+        dataset.mapping,
+        line_max_bytes,
+    )

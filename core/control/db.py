@@ -1,0 +1,98 @@
+"""Engine, sessionmaker and the database's own clock. A transaction is a visible `with` block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import DateTime, Engine, Float, create_engine, event, text
+from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session as Session
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.sql.expression import FunctionElement
+from sqlalchemy.types import TypeDecorator
+
+Sessions = sessionmaker[Session]
+DatabaseUnavailable = OperationalError
+AlreadyThere = IntegrityError
+
+
+def connect(url: str) -> Sessions:
+    """A sessionmaker on SQLite (WAL) or Postgres. Nothing is opened before the first use."""
+    if url.startswith("sqlite"):
+        engine = create_engine(url, connect_args={"timeout": 30, "isolation_level": None})
+        event.listen(engine, "connect", _sqlite_connect)
+        event.listen(engine, "begin", _sqlite_begin)
+    else:
+        engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+def engine_of(sessions: Sessions) -> Engine:
+    engine = sessions.kw["bind"]
+    assert isinstance(engine, Engine)  # noqa: S101 - connect() put it there
+    return engine
+
+
+@contextmanager
+def reading(sessions: Sessions) -> Iterator[Session]:
+    """A session for queries only; on SQLite it does not take the one write lock."""
+    with sessions(bind=engine_of(sessions).execution_options(read_only=True)) as session:
+        yield session
+
+
+def check(sessions: Sessions) -> None:
+    """Raise DatabaseUnavailable when the database does not answer."""
+    with reading(sessions) as session:
+        session.execute(text("SELECT 1"))
+
+
+def _sqlite_connect(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    # A writer that began as a reader cannot wait for the lock, it fails at once: take the lock first.
+    read_only = connection.get_execution_options().get("read_only")
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+class now_epoch(FunctionElement[float]):  # noqa: N801 - it reads as the SQL function it is
+    """Seconds since 1970 by the database's clock: the only clock that leases are compared with."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(now_epoch, "sqlite")
+def _sqlite_now(_element: object, _compiler: object, **_kw: object) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now_epoch, "postgresql")
+def _postgres_now(_element: object, _compiler: object, **_kw: object) -> str:
+    return "extract(epoch from clock_timestamp())"
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """Datetimes with a zone, always UTC; SQLite keeps them without one."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)

@@ -1,0 +1,96 @@
+"""What a job leaves behind while it runs: events, metrics and checkpoints. Never its status."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from core.control.tables import Checkpoint, JobEvent, JobMetric, utcnow
+
+
+def add(
+    session: Session,
+    job_id: str,
+    type_: str,
+    message: str,
+    *,
+    level: str = "info",
+    data: dict[str, Any] | None = None,
+) -> None:
+    session.add(
+        JobEvent(
+            job_id=job_id, created_at=utcnow(), level=level, type=type_, message=message, data=data
+        )
+    )
+
+
+def after(session: Session, job_id: str, last: int, *, limit: int = 500) -> list[JobEvent]:
+    """The events that follow the one with id `last` (0: all), oldest first."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > last)
+    return list(session.scalars(query.order_by(JobEvent.id).limit(limit)))
+
+
+def page(session: Session, job_id: str, *, limit: int, before: int | None) -> list[JobEvent]:
+    """Newest first; one more than `limit`, to tell whether there are more."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id)
+    if before is not None:
+        query = query.where(JobEvent.id < before)
+    return list(session.scalars(query.order_by(JobEvent.id.desc()).limit(limit + 1)))
+
+
+def measure(session: Session, job_id: str, step: int, values: dict[str, float]) -> None:
+    """Keep the values of a step, beside those it has already."""
+    row = session.get(JobMetric, (job_id, step))
+    if row is None:
+        session.add(JobMetric(job_id=job_id, step=step, values=values))
+    else:
+        row.values = row.values | values
+
+
+def metrics(session: Session, job_id: str) -> list[JobMetric]:
+    return list(
+        session.scalars(
+            select(JobMetric).where(JobMetric.job_id == job_id).order_by(JobMetric.step)
+        )
+    )
+
+
+def forget_after(session: Session, job_id: str, step: int) -> None:
+    """Drop the metrics of steps that will be done again after a crash."""
+    session.execute(delete(JobMetric).where(JobMetric.job_id == job_id, JobMetric.step > step))
+
+
+def add_checkpoint(
+    session: Session,
+    job_id: str,
+    step: int,
+    key: str,
+    files: Iterable[dict[str, Any]],
+    metrics: dict[str, Any],
+) -> None:
+    """Register a checkpoint whose files lie in the storage; a step done again replaces its first one."""
+    session.merge(
+        Checkpoint(
+            job_id=job_id,
+            step=step,
+            key=key,
+            files=list(files),
+            metrics=metrics,
+            created_at=utcnow(),
+        )
+    )
+
+
+def checkpoints(session: Session, job_id: str) -> list[Checkpoint]:
+    """Newest first."""
+    return list(
+        session.scalars(
+            select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step.desc())
+        )
+    )
+
+
+def drop_checkpoints(session: Session, rows: Iterable[Checkpoint]) -> None:
+    for row in rows:
+        session.delete(row)

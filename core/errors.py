@@ -1,0 +1,95 @@
+"""Every error Graft raises on purpose.
+
+GraftError(code, message, status)       any of them; one renderer makes the one JSON body
+  BadRequest      400/422  the request or the data is wrong
+  NotFound        404      no such thing, or it belongs to another project
+  Conflict        409      the state does not allow it
+  StorageFull     507      no room left on the disk or in the bucket
+  Fenced          -        a worker lost its lease and may not write any more
+
+A failed job stores the same codes (`GraftError.as_dict`).
+"""
+
+import difflib
+import errno
+from collections.abc import Iterable
+from typing import Any
+
+
+class GraftError(Exception):
+    """An error with a code for programs and a message for people: what, where, what to do."""
+
+    status = 500
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        status: int | None = None,
+        param: str | None = None,
+        hint: str | None = None,
+        errors: list[dict[str, Any]] | None = None,
+        error_count: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.status = status or type(self).status
+        self.param = param
+        self.hint = hint
+        self.errors = errors
+        self.error_count = error_count
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a failed job keeps: code, message and hint."""
+        return {"code": self.code, "message": self.message, "hint": self.hint}
+
+
+class BadRequest(GraftError):  # noqa: N818 - named as HTTP names it
+    status = 422
+
+
+class NotFound(GraftError):  # noqa: N818
+    status = 404
+
+
+class Conflict(GraftError):  # noqa: N818
+    status = 409
+
+
+class StorageFull(GraftError):  # noqa: N818
+    status = 507
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            "storage_full",
+            f"No space left while writing {where}.",
+            hint="Free disk space (old jobs, adapters and data sets can be deleted), then post the job again.",
+        )
+
+
+class Fenced(Exception):  # noqa: N818 - a signal inside the worker, never shown to a client
+    """Another claim of the job is newer; this holder must stop and write nothing."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, if one is near enough to be meant."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or any error it comes from, says that the disk is full.
+
+    Rust libraries (tokenizers, safetensors) raise plain exceptions that only name the number.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        text = str(seen)
+        if "os error 28" in text or "No space left on device" in text:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

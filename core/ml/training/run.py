@@ -1,0 +1,29 @@
+"""What one training run is given. No torch: the worker makes it, the trainer reads it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.ml.catalogue import BaseModel
+from core.ml.formats.validate import Reading
+from core.ml.training.config import Spec
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set file on this machine."""
+
+    path: Path
+    reading: Reading
+
+
+@dataclass(frozen=True)
+class Run:
+    """`work` is an empty folder of this run; `resume` a checkpoint folder known to be whole."""
+
+    model: BaseModel
+    spec: Spec
+    train: Source
+    valid: Source | None
+    fraction: float | None
+    work: Path
+    resume: Path | None = None

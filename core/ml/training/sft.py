@@ -1,0 +1,358 @@
+"""One QLoRA SFT run from top to bottom: data, model, adapter, training, evaluation, saved files.
+
+Knows no job, database or queue: it takes a `Run`, reports through a callback and asks `stop` after
+every step whether to leave.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import trl.trainer.utils
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from core.errors import BadRequest, GraftError
+from core.ml import base_model, prompts
+from core.ml.base_model import BaseModel, Precision
+from core.ml.prompts import Contract
+from core.ml.training import checkpoints
+from core.ml.training.config import Spec
+from core.ml.training.data import Tokenised, split, tokenise
+from core.ml.training.run import Run
+
+# trl scores only the positions with a label on a GPU, but every position on a CPU, where nine of ten
+# cost time and change nothing. This is its switch between the two; a test holds both to one result.
+trl.trainer.utils._use_triton = lambda _device: True
+
+
+class Report(Protocol):
+    """Where a run tells what happens: report("metrics", step=3, values={…})."""
+
+    def __call__(self, kind: str, /, **data: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """`adapter` holds the finished files; None when `stop` ended the run before its end."""
+
+    adapter: Path | None
+    metrics: dict[str, float]
+
+
+def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
+    """Train one adapter.
+
+    Raises:
+        GraftError: the data, the model or the spec cannot be trained with, or the loss is no number.
+    """
+    report("phase", phase="preparing")
+    base_model.prepare(run.model)
+    contract = prompts.load(run.model.path)
+    context = _context(run.model)
+    loss_on = run.spec.training.loss_on
+    assert loss_on != "auto"  # noqa: S101 - config.settle() came before
+    data = tokenise(
+        run.train, contract, loss_on=loss_on, context=context, training=run.spec.training
+    )
+    train_rows, valid_rows = data.examples, []
+    if run.valid is not None:
+        valid_rows = tokenise(
+            run.valid, contract, loss_on=loss_on, context=context, training=run.spec.training
+        ).examples
+    elif run.fraction:
+        train_rows, valid_rows = split(data, run.fraction, run.spec.seed)
+    precision = base_model.settle(run.spec.quantization)
+    spec, total_steps = _settle(run.spec, data, len(train_rows), precision)
+    report(
+        "plan",
+        spec=spec.model_dump(),
+        total_steps=total_steps,
+        rows=len(train_rows),
+        validation_rows=len(valid_rows),
+        dropped=data.dropped,
+        trained_tokens=data.trained_tokens,
+    )
+
+    report("phase", phase="loading_model")
+    started = time.monotonic()
+    model = _with_adapter(base_model.load(run.model, precision), spec)
+    report("model_loaded", seconds=time.monotonic() - started)
+
+    trainer = _trainer(
+        model, spec, precision, contract, train_rows, valid_rows, run.work / "checkpoints"
+    )
+    trainer.add_callback(_Reporter(report, stop))
+    report("phase", phase="training")
+    trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
+    if trainer.state.global_step < total_steps:
+        return Result(None, {})
+
+    # From the whole history: the trainer's own mean forgets the steps before a resume.
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics = {"train_loss": sum(losses) / len(losses)}
+    if valid_rows:
+        report("phase", phase="evaluating")
+        metrics |= _evaluate(trainer, model)
+    report("phase", phase="saving")
+    adapter = run.work / "adapter"
+    _save(model, contract, run.model, spec, adapter)
+    return Result(adapter, metrics)
+
+
+def _context(model: BaseModel) -> int:
+    config = json.loads((model.path / "config.json").read_text())
+    return int(config.get("max_position_embeddings") or 2048)
+
+
+def _settle(spec: Spec, data: Tokenised, rows: int, precision: Precision) -> tuple[Spec, int]:
+    """The spec with nothing left "auto", and the number of optimizer steps it means."""
+    training = spec.training
+    assert isinstance(training.batch_size, int)  # noqa: S101 - config.settle() came before
+    batches = math.ceil(rows / training.batch_size)
+    per_epoch = math.ceil(batches / (training.effective_batch_size // training.batch_size))
+    total = training.max_steps or math.ceil((training.epochs or 1) * per_epoch)
+    every = spec.checkpoints.every_steps
+    if every == "auto":
+        every = min(max(total // 5, 1), 50)
+    gradient_checkpointing = training.gradient_checkpointing
+    if gradient_checkpointing == "auto":
+        gradient_checkpointing = base_model.device().type == "cuda"
+    return spec.model_copy(
+        update={
+            "quantization": spec.quantization.model_copy(update={"compute_dtype": precision.dtype}),
+            "training": training.model_copy(
+                update={
+                    "max_length": data.longest
+                    if training.max_length == "auto"
+                    else training.max_length,
+                    "gradient_checkpointing": gradient_checkpointing,
+                }
+            ),
+            "checkpoints": spec.checkpoints.model_copy(update={"every_steps": every}),
+        }
+    ), total
+
+
+def _with_adapter(model: Any, spec: Spec) -> PeftModel:
+    """The model with a fresh LoRA in float32: in bfloat16 small updates would be lost."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # The fused CPU kernel repacks the weights at the first evaluation and has no gradient:
+            # training after it would go on with wrong gradients, silently.
+            module.support_avx512bf16_for_cpu = False
+    set_seed(spec.seed)
+    lora = spec.lora
+    try:
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+                use_rslora=lora.use_rslora,
+            ),
+        )
+    except ValueError as error:
+        names = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            }
+        )
+        raise BadRequest(
+            "unknown_target_modules",
+            f"LoRA cannot be put on {lora.target_modules}: {error}",
+            param="lora.target_modules",
+            hint=f'Use "all-linear" or some of: {", ".join(names)}.',
+        ) from error
+    assert isinstance(adapted, PeftModel)  # noqa: S101 - for the type checker
+    return adapted
+
+
+def _trainer(
+    model: PeftModel,
+    spec: Spec,
+    precision: Precision,
+    contract: Contract,
+    train_rows: list[Any],
+    valid_rows: list[Any],
+    output: Path,
+) -> SFTTrainer:
+    training = spec.training
+    assert isinstance(training.batch_size, int)  # noqa: S101
+    on_cpu = base_model.device().type == "cpu"
+    every = spec.evaluation.every_steps if valid_rows else None
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(output),
+            seed=spec.seed,
+            data_seed=spec.seed,
+            use_cpu=on_cpu,
+            dataloader_pin_memory=not on_cpu,
+            bf16=precision.dtype == "bfloat16",
+            fp16=precision.dtype == "float16",
+            max_steps=training.max_steps or -1,
+            num_train_epochs=training.epochs or 1,
+            per_device_train_batch_size=training.batch_size,
+            per_device_eval_batch_size=training.batch_size,
+            gradient_accumulation_steps=training.effective_batch_size // training.batch_size,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type=training.scheduler,
+            warmup_steps=training.warmup_ratio,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            neftune_noise_alpha=training.neftune_alpha,
+            gradient_checkpointing=bool(training.gradient_checkpointing),
+            optim="adamw_torch",
+            eval_strategy="steps" if every else "no",
+            eval_steps=every,
+            prediction_loss_only=True,
+            save_strategy="steps",
+            save_steps=spec.checkpoints.every_steps,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            report_to="none",
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(valid_rows) if valid_rows else None,
+        processing_class=contract.tokenizer,
+    )
+    # trl casts the LoRA of a quantised base to bfloat16; see _with_adapter.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+class _Reporter(TrainerCallback):
+    """Turns what the trainer does into reports, seals checkpoints, and leaves when asked to."""
+
+    def __init__(self, report: Report, stop: Callable[[], bool]) -> None:
+        self.report, self.stop = report, stop
+        self.tokens = 0.0
+        self.started = self.last = time.monotonic()
+        self.first_step = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = self.last = time.monotonic()
+        self.first_step = state.global_step
+        self.report("training", step=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.first_step + 1:
+            self.report("first_step", step=state.global_step)
+        if self.stop():
+            control.should_save = control.should_training_stop = True
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        if "eval_loss" in logs:
+            self.report(
+                "metrics",
+                step=state.global_step,
+                values={"eval_loss": float(logs["eval_loss"])},
+                progress=None,
+            )
+        if "loss" not in logs:
+            return
+        loss, grad_norm = float(logs["loss"]), float(logs["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise GraftError(
+                "training_diverged",
+                f"At step {state.global_step} the loss is {loss} and the gradient norm {grad_norm}: the run cannot go on.",
+                status=422,
+                hint="Lower training.learning_rate, or look for broken rows with the preview.",
+            )
+        now, tokens = time.monotonic(), float(logs["num_tokens"])
+        per_step = (now - self.started) / (state.global_step - self.first_step)
+        values = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": float(logs["learning_rate"]),
+            "token_accuracy": float(logs["mean_token_accuracy"]),
+            "tokens": tokens,
+            "tokens_per_second": round((tokens - self.tokens) / max(now - self.last, 1e-9), 1),
+            "epoch": float(logs["epoch"]),
+        }
+        self.report(
+            "metrics",
+            step=state.global_step,
+            values=values,
+            progress={
+                "tokens_per_second": values["tokens_per_second"],
+                "eta_seconds": round(per_step * (state.max_steps - state.global_step), 1),
+            },
+        )
+        self.tokens, self.last = tokens, now
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        files = checkpoints.seal(folder, state.global_step)
+        self.report("checkpoint", step=state.global_step, folder=str(folder), files=files)
+
+
+def _evaluate(trainer: SFTTrainer, model: PeftModel) -> dict[str, float]:
+    """The loss on the validation rows with the adapter and, on the same rows, without it."""
+    adapter = trainer.evaluate(metric_key_prefix="eval")
+    with model.disable_adapter():
+        base = trainer.evaluate(metric_key_prefix="base_eval")
+    return {
+        "eval_loss": float(adapter["eval_loss"]),
+        "base_eval_loss": float(base["base_eval_loss"]),
+    }
+
+
+def _save(model: PeftModel, contract: Contract, base: BaseModel, spec: Spec, folder: Path) -> None:
+    """The adapter in PEFT's own layout, with the prompt contract beside it."""
+    if not any(
+        bool(p.detach().abs().sum() > 0) for name, p in model.named_parameters() if "lora_B" in name
+    ):
+        raise GraftError(
+            "inert_adapter",
+            "The trained adapter changes nothing: every lora_B is zero.",
+            status=422,
+            hint="Raise training.learning_rate or the number of steps.",
+        )
+    model.save_pretrained(str(folder), safe_serialization=True)
+    config_file = folder / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    # The name, not a path of this machine; and a set's order differs from run to run.
+    config["base_model_name_or_path"] = base.name
+    config["target_modules"] = sorted(config["target_modules"])
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    prompts.save(contract, folder)
+    (folder / "README.md").write_text(_readme(base, spec))
+
+
+def _readme(base: BaseModel, spec: Spec) -> str:
+    return f"""# LoRA adapter for {base.name}
+
+Trained with Graft: r {spec.lora.r}, alpha {spec.lora.alpha}, {spec.quantization.bits}-bit base, seed {spec.seed}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base.name}"), "PATH_OF_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+```
+
+Write prompts with the tokenizer's chat template; `prompt_contract.json` names the tokens that end an answer.
+"""

@@ -1,0 +1,97 @@
+"""Files and folders under keys, in a directory or an S3 bucket. Keys are made here, never by clients."""
+
+import posixpath
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, cast
+
+import fsspec
+
+from core.errors import StorageFull, is_disk_full
+
+
+class Storage:
+    """put, get, open, delete. `url` is a folder or `s3://bucket/prefix`."""
+
+    def __init__(self, url: str, *, s3_endpoint_url: str | None = None) -> None:
+        self.url = url
+        self._s3_endpoint_url = s3_endpoint_url
+
+    @cached_property
+    def _fs_root(self) -> tuple[Any, str]:
+        options: dict[str, Any] = (
+            {"use_listings_cache": False} if "://" in self.url else {"auto_mkdir": True}
+        )
+        if self.url.startswith("s3://") and self._s3_endpoint_url:
+            options["endpoint_url"] = self._s3_endpoint_url
+        fs, root = fsspec.core.url_to_fs(self.url, **options)
+        return fs, root.rstrip("/")
+
+    @property
+    def fs(self) -> Any:
+        return self._fs_root[0]
+
+    def path(self, key: str) -> str:
+        return posixpath.join(self._fs_root[1], key)
+
+    def local(self, key: str) -> Path | None:
+        """The path of `key` on this machine, or None where the storage is a bucket."""
+        return None if "://" in self.url else Path(self.path(key))
+
+    def put(self, source: Path, key: str) -> None:
+        """Store one file. It is whole under its key or not there at all.
+
+        Raises:
+            StorageFull: no room left.
+        """
+        target = self.path(key)
+        # A bucket shows an object only when its upload is complete; a folder needs the rename.
+        part = target if self.local(key) is None else f"{target}.part"
+        try:
+            self.fs.put_file(str(source), part)
+            if part != target:
+                self.fs.mv(part, target)
+        except Exception as error:
+            if is_disk_full(error):
+                self.delete(f"{key}.part")
+                raise StorageFull(key) from error
+            raise
+
+    def put_folder(self, folder: Path, key: str, files: Iterable[str]) -> None:
+        """Store the named files of a folder under `key/`; on failure nothing of it stays."""
+        try:
+            for name in files:
+                self.put(folder / name, f"{key}/{name}")
+        except Exception:
+            self.delete(key)
+            raise
+
+    def get(self, key: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.fs.get_file(self.path(key), str(target))
+
+    def open(self, key: str) -> IO[bytes]:
+        """A seekable stream of the file's bytes.
+
+        Raises:
+            FileNotFoundError: nothing lies under this key.
+        """
+        return cast(IO[bytes], self.fs.open(self.path(key), "rb"))
+
+    def size(self, key: str) -> int:
+        return int(self.fs.size(self.path(key)))
+
+    def delete(self, key: str) -> None:
+        """Delete a file or folder; what is not there is deleted already."""
+        try:
+            self.fs.rm(self.path(key), recursive=True)
+        except FileNotFoundError:
+            return
+
+    def check(self) -> None:
+        """Raise when the storage cannot be reached."""
+        if (root := self.local("")) is not None:
+            root.mkdir(parents=True, exist_ok=True)
+        else:
+            self.fs.ls(self._fs_root[1].split("/", 1)[0])

@@ -1,0 +1,162 @@
+"""A small typed client of the HTTP API."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+FINISHED = ("succeeded", "failed", "cancelled")
+Json = dict[str, Any]
+
+
+class ApiError(Exception):
+    """The service refused: `message` says why, `hint` what to do."""
+
+    def __init__(self, status: int, error: Json) -> None:
+        super().__init__(str(error.get("message")))
+        self.status = status
+        self.code = error.get("code")
+        self.message = str(error.get("message"))
+        self.hint = error.get("hint")
+        self.errors: list[Json] = error.get("errors") or []
+
+
+class UnreachableError(Exception):
+    """There is no service at this address."""
+
+
+class Client:
+    def __init__(self, url: str, key: str, *, timeout: float = 600) -> None:
+        headers = {"authorization": f"Bearer {key}"}
+        self._http = httpx.Client(
+            base_url=url, headers=headers, timeout=httpx.Timeout(timeout, connect=5)
+        )
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def ready(self) -> bool:
+        try:
+            return self._http.get("/health/ready").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def upload(self, file: Path, *, name: str | None = None, mapping: Json | None = None) -> Json:
+        form = {"name": name or file.name} | ({"mapping": json.dumps(mapping)} if mapping else {})
+        with file.open("rb") as stream:
+            return self._call("POST", "/datasets", data=form, files={"file": (file.name, stream)})
+
+    def preview(self, dataset_id: str, **query: Any) -> Json:
+        return self._call("GET", f"/datasets/{dataset_id}/preview", params=query)
+
+    def create_job(self, body: Json, *, idempotency_key: str | None = None) -> Json:
+        headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
+        return self._call("POST", "/jobs", json=body, headers=headers)
+
+    def job(self, job_id: str) -> Json:
+        return self._call("GET", f"/jobs/{job_id}")
+
+    def jobs(self, limit: int = 20) -> list[Json]:
+        listed: list[Json] = self._call("GET", "/jobs", params={"limit": limit})["data"]
+        return listed
+
+    def cancel(self, job_id: str) -> Json:
+        return self._call("POST", f"/jobs/{job_id}/cancel")
+
+    def events(self, job_id: str, limit: int = 100) -> list[Json]:
+        listed: list[Json] = self._call("GET", f"/jobs/{job_id}/events", params={"limit": limit})[
+            "data"
+        ]
+        return listed
+
+    def watch(self, job_id: str, every: float = 0.5) -> Iterator[Json]:
+        """The job again and again, until it has ended; the last one is the finished job."""
+        while True:
+            job = self.job(job_id)
+            yield job
+            if job["status"] in FINISHED:
+                return
+            time.sleep(every)
+
+    def models(self) -> list[Json]:
+        listed: list[Json] = self._call("GET", "/models")["data"]
+        return listed
+
+    def adapters(self, limit: int = 20) -> list[Json]:
+        listed: list[Json] = self._call("GET", "/adapters", params={"limit": limit})["data"]
+        return listed
+
+    def download(self, adapter_id: str, target: Path) -> None:
+        """Write the adapter's zip to `target`; a broken download leaves no file there."""
+        part = target.with_name(target.name + ".part")
+        with (
+            self._stream("GET", f"/adapters/{adapter_id}/download") as response,
+            part.open("wb") as file,
+        ):
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+        part.rename(target)
+
+    def generate(self, **body: Any) -> Json:
+        return self._call("POST", "/generate", json=body)
+
+    def stream(self, **body: Any) -> Iterator[tuple[str, Json]]:
+        """(event, data) of a streamed generation: `token` with text, then `done`."""
+        with self._stream("POST", "/generate", json={**body, "stream": True}) as response:
+            event = ""
+            for line in response.iter_lines():
+                if line.startswith("event: "):
+                    event = line[7:]
+                elif line.startswith("data: "):
+                    data = json.loads(line[6:])
+                    if event == "error":
+                        raise ApiError(502, data["error"])
+                    yield event, data
+
+    def _call(self, method: str, path: str, **options: Any) -> Json:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.ConnectError as error:
+            raise UnreachableError(f"No Graft service answers at {self._http.base_url}.") from error
+        _raise_for(response)
+        body: Json = response.json()
+        return body
+
+    def _stream(self, method: str, path: str, **options: Any) -> "_Streamed":
+        return _Streamed(self._http, self._http.build_request(method, path, **options))
+
+
+class _Streamed:
+    """An open response whose errors are raised before anything is read from it."""
+
+    def __init__(self, http: httpx.Client, request: httpx.Request) -> None:
+        self._http, self._request = http, request
+
+    def __enter__(self) -> httpx.Response:
+        try:
+            self._response = self._http.send(self._request, stream=True)
+        except httpx.ConnectError as error:
+            raise UnreachableError(f"No Graft service answers at {self._http.base_url}.") from error
+        if self._response.status_code >= 400:
+            self._response.read()
+        _raise_for(self._response)
+        return self._response
+
+    def __exit__(self, *_: object) -> None:
+        self._response.close()
+
+
+def _raise_for(response: httpx.Response) -> None:
+    if response.status_code < 400:
+        return
+    try:
+        error = response.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        error = {"message": f"The service answered {response.status_code}."}
+    raise ApiError(response.status_code, error)

@@ -1,0 +1,19 @@
+"""What a worker process has opened, made once when it starts."""
+
+import threading
+from dataclasses import dataclass
+
+from core.control.db import Sessions
+from core.ml.catalogue import Catalogue
+from core.settings import Settings
+from core.storage import Storage
+
+
+@dataclass(frozen=True)
+class Context:
+    settings: Settings
+    sessions: Sessions
+    storage: Storage
+    catalogue: Catalogue
+    owner: str
+    stopping: threading.Event

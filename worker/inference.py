@@ -1,0 +1,284 @@
+"""The inference server: OpenAI completions and runtime LoRA loading around the engine.
+
+It is spoken to by the API alone: on loopback or a private network, with a key of its own. The wire
+is vLLM's, so that vLLM can stand in its place.
+"""
+
+import asyncio
+import hmac
+import json
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+from ulid import ULID
+
+from core import log
+from core.errors import BadRequest, GraftError, NotFound
+from core.ml.catalogue import Catalogue
+from core.ml.inference.engine import Engine, Finish, Sampling
+from core.settings import Settings, load
+from core.storage import Storage
+
+# Requests that may wait for the one at work.
+_MAX_WAITING = 32
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Completion(BaseModel):
+    model: str
+    prompt: list[int] = Field(min_length=1)
+    max_tokens: int = Field(16, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    seed: int | None = None
+    n: int = Field(1, ge=1, le=8)
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+
+    def sampling(self, index: int) -> Sampling:
+        """The sampling of the output number `index`: each of n has a seed of its own."""
+        return Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            repetition_penalty=self.repetition_penalty,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            seed=None if self.seed is None else self.seed + index,
+        )
+
+
+class LoadAdapter(BaseModel):
+    lora_name: str
+    lora_path: str
+    base_model_name: str
+
+
+class Server:
+    """The engine, and how many requests are at it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.engine = Engine(
+            Catalogue(settings.models_folder, settings.models, settings.allow_hub),
+            4 if settings.engine_bits == 4 else 16,
+        )
+        self.storage = Storage(settings.storage, s3_endpoint_url=settings.s3_endpoint_url)
+        self.waiting = 0
+
+    def folder(self, path: str, name: str) -> Path:
+        """The adapter's files on this machine; only what lies in the storage is loaded."""
+        root = self.storage.url.rstrip("/") + "/"
+        key = path.removeprefix(root)
+        if key == path or ".." in key.split("/"):
+            raise BadRequest(
+                "invalid_lora_path", "lora_path does not lie in the storage.", status=400
+            )
+        if (local := self.storage.local(key)) is not None:
+            return local
+        folder = self.settings.home / "cache" / "adapters" / name.replace("/", "_")
+        if not folder.is_dir():
+            part = folder.with_name(f"{folder.name}.{ULID()}.part")
+            for file in _FILES:
+                self.storage.get(f"{key}/{file}", part / file)
+            part.rename(folder)
+        return folder
+
+
+def create_app() -> FastAPI:
+    settings = load()
+    log.setup(settings.log_level)
+    server = Server(settings)
+    app = FastAPI(title="Graft inference", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(GraftError, _error)
+    expected = (
+        f"Bearer {settings.engine_key.get_secret_value()}".encode() if settings.engine_key else None
+    )
+
+    def check_key(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if expected is not None and not hmac.compare_digest(given, expected):
+            raise GraftError("invalid_key", "This is the inside of Graft; use its API.", status=401)
+
+    keyed = [Depends(check_key)]
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/v1/load_lora_adapter", dependencies=keyed)
+    def load_adapter(body: LoadAdapter) -> dict[str, str]:
+        try:
+            server.engine.register(
+                body.lora_name, body.base_model_name, server.folder(body.lora_path, body.lora_name)
+            )
+        except FileNotFoundError as error:
+            raise NotFound(
+                "adapter_missing", f"The files of adapter {body.lora_name} are not in the storage."
+            ) from error
+        return {"status": "ok"}
+
+    @app.post("/v1/completions", dependencies=keyed, response_model=None)
+    async def completions(body: Completion, request: Request) -> dict[str, Any] | StreamingResponse:
+        if not await run_in_threadpool(server.engine.knows, body.model):
+            raise NotFound("model_not_found", f"The model {body.model} is not loaded.")
+        if server.waiting >= _MAX_WAITING:
+            raise GraftError(
+                "engine_full", f"{server.waiting} requests are waiting already.", status=429
+            )
+        if body.stream:
+            pieces = _Pieces(server, body, 0)
+            first = await anext(
+                pieces
+            )  # what is wrong with the request shows before the answer begins
+            return StreamingResponse(_chunks(body, first, pieces), media_type="text/event-stream")
+        choices, tokens = [], 0
+        for index in range(body.n):
+            text = ""
+            pieces = _Pieces(server, body, index, request)
+            async for piece in pieces:
+                if isinstance(piece, Finish):
+                    choices.append(
+                        {
+                            "index": index,
+                            "text": text,
+                            "finish_reason": piece.reason,
+                            "logprobs": None,
+                        }
+                    )
+                    tokens += piece.tokens
+                else:
+                    text += piece
+        return {
+            "id": f"cmpl-{ULID()}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model,
+            "choices": choices,
+            "usage": _usage(body, tokens),
+        }
+
+    return app
+
+
+class _Pieces:
+    """The text of one output piece by piece and its Finish, made in a thread; leaving it cancels."""
+
+    def __init__(
+        self, server: Server, body: Completion, index: int, request: Request | None = None
+    ) -> None:
+        self.server, self.body, self.index, self.request = server, body, index, request
+        self.queue: asyncio.Queue[str | Finish | BaseException] = asyncio.Queue()
+        self.cancelled = threading.Event()
+        self.over = False
+        self.started = False
+
+    def __aiter__(self) -> "_Pieces":
+        return self
+
+    async def __anext__(self) -> str | Finish:
+        if self.over:
+            raise StopAsyncIteration
+        if not self.started:
+            self._start()
+        while True:
+            try:
+                item = await asyncio.wait_for(self.queue.get(), 0.25)
+                break
+            except TimeoutError:
+                if self.request is not None and await self.request.is_disconnected():
+                    self.cancelled.set()
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+        if isinstance(item, BaseException):
+            self.over = True
+            raise item
+        self.over = isinstance(item, Finish)
+        return item
+
+    def _start(self) -> None:
+        self.started = True
+        loop = asyncio.get_running_loop()
+
+        def tell(item: str | Finish | BaseException) -> None:
+            loop.call_soon_threadsafe(self.queue.put_nowait, item)
+
+        def work() -> None:
+            try:
+                tell(
+                    self.server.engine.generate(
+                        self.body.model,
+                        self.body.prompt,
+                        self.body.sampling(self.index),
+                        tell,
+                        self.cancelled.is_set,
+                    )
+                )
+            except Exception as error:  # noqa: BLE001 - raised again where the request waits
+                tell(error)
+            finally:
+                loop.call_soon_threadsafe(self._done)
+
+        self.server.waiting += 1
+        threading.Thread(target=work, name="generate", daemon=True).start()
+
+    def _done(self) -> None:
+        self.server.waiting -= 1
+
+
+async def _chunks(body: Completion, first: str | Finish, rest: _Pieces) -> AsyncIterator[str]:
+    head = {
+        "id": f"cmpl-{ULID()}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": body.model,
+    }
+    tokens = 0
+    item: str | Finish = first
+    try:
+        while True:
+            text, reason = (item, None) if isinstance(item, str) else ("", item.reason)
+            choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
+            yield f"data: {json.dumps({**head, 'choices': [choice], 'usage': None})}\n\n"
+            if isinstance(item, Finish):
+                tokens = item.tokens
+                break
+            item = await anext(rest)
+        if (body.stream_options or {}).get("include_usage"):
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(body, tokens)})}\n\n"
+    except GraftError as error:
+        yield f"data: {json.dumps({'error': {'message': error.message, 'code': error.code}})}\n\n"
+    finally:
+        rest.cancelled.set()
+    yield "data: [DONE]\n\n"
+
+
+def _usage(body: Completion, tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": len(body.prompt),
+        "completion_tokens": tokens,
+        "total_tokens": len(body.prompt) + tokens,
+    }
+
+
+def _error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, GraftError)  # noqa: S101 - registered for it
+    headers = {"retry-after": "5"} if error.status in (429, 503) else {}
+    return JSONResponse(
+        {"error": {"message": error.message, "type": "invalid_request_error", "code": error.code}},
+        error.status,
+        headers,
+    )

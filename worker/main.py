@@ -1,0 +1,90 @@
+"""Celery entry point: `celery -A worker.main worker`. Registers the task, opens what it needs."""
+
+import logging
+import os
+import threading
+from typing import Any
+
+from celery import signals
+
+from core import log, settings
+from core.control import db, queue, workers
+from core.ml import catalogue
+from core.ml.catalogue import Catalogue
+from core.storage import Storage
+from worker import child, maintenance, train
+from worker.context import Context
+
+logger = logging.getLogger(__name__)
+
+config = settings.load()
+app = queue.create(config)
+_open: list[Context] = []
+
+
+@app.task(name=queue.TRAIN)
+def train_job(job_id: str) -> None:
+    train.run(_open[0], job_id)
+
+
+@signals.setup_logging.connect
+def _logging(**_: Any) -> None:
+    log.setup(config.log_level)
+
+
+@signals.worker_init.connect
+def _start(**_: Any) -> None:
+    try:
+        context = _create_context()
+    except Exception:
+        # Celery would log this and go on as a worker that can do nothing.
+        logger.exception("worker cannot start")
+        os._exit(1)
+    _open.append(context)
+    child.warm_up()
+    threading.Thread(target=_prepare_default, args=(context,), name="prepare", daemon=True).start()
+    maintenance.start(context, app)
+
+
+def _create_context() -> Context:
+    sessions = db.connect(config.database)
+    with sessions.begin() as session:
+        owner = workers.register(session, config.worker_slots)
+    return Context(
+        settings=config,
+        sessions=sessions,
+        storage=Storage(config.storage, s3_endpoint_url=config.s3_endpoint_url),
+        catalogue=Catalogue(config.models_folder, config.models, config.allow_hub),
+        owner=owner,
+        stopping=threading.Event(),
+    )
+
+
+def _prepare_default(context: Context) -> None:
+    """Bring the default model's files in a child process, while the worker is up already."""
+    model = catalogue.find(context.catalogue, config.default_model)
+    if model.ready:
+        return
+    process = child.start("prepare", model)
+    while process.exit_code is None:
+        for _, error in process.receive(1):
+            logger.warning("the default base model is not ready", extra=error)
+    process.close()
+
+
+@signals.worker_shutting_down.connect
+def _stop(**_: Any) -> None:
+    """Running trainers save and leave; Celery waits for their tasks."""
+    for context in _open:
+        context.stopping.set()
+
+
+@signals.worker_shutdown.connect
+def _close(**_: Any) -> None:
+    for context in _open:
+        try:
+            with context.sessions.begin() as session:
+                workers.leave(session, context.owner)
+        except db.DatabaseUnavailable:
+            logger.warning("could not sign off")
+    child.cool_down()

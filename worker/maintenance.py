@@ -1,0 +1,97 @@
+"""The sweep: jobs whose worker is gone go back to the queue, messages that were missed are sent.
+
+It runs in a thread of every worker; the process that holds the lease row does the work.
+"""
+
+import logging
+import shutil
+import threading
+import time
+
+from celery import Celery
+
+from core.control import jobs, queue, workers
+from core.control.db import DatabaseUnavailable, reading
+from core.control.tables import FINISHED, Job
+from core.errors import Fenced
+from worker.context import Context
+
+logger = logging.getLogger(__name__)
+
+_DUTY = "sweep"
+
+
+def start(context: Context, app: Celery) -> threading.Thread:
+    thread = threading.Thread(target=_loop, args=(context, app), name="sweep", daemon=True)
+    thread.start()
+    return thread
+
+
+def _loop(context: Context, app: Celery) -> None:
+    settings = context.settings
+    # After a start or a silence of the database, leases may be old only because nobody could renew
+    # them: look at them again after one lease.
+    patient_until = time.monotonic() + settings.lease_seconds
+    while not context.stopping.wait(settings.sweep_seconds):
+        started = time.monotonic()
+        try:
+            sweep(context, app, trust_leases=started > patient_until)
+            slow = time.monotonic() - started > settings.lease_seconds / 2
+        except DatabaseUnavailable:
+            logger.warning("sweep: database is away")
+            slow = True
+        except Exception:
+            logger.exception("sweep failed")
+            slow = False
+        if slow:
+            patient_until = time.monotonic() + settings.lease_seconds
+
+
+def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
+    """One round. Without `trust_leases` only jobs of workers known to be dead are taken back."""
+    settings = context.settings
+    with context.sessions.begin() as session:
+        workers.beat(session, context.owner)
+        mine = workers.take_duty(session, _DUTY, context.owner, settings.sweep_seconds * 3)
+    if not mine:
+        return
+    with context.sessions.begin() as session:
+        dead = workers.dead_here(session)
+        for job in jobs.lost(session, dead):
+            if job.owner not in dead and not trust_leases:
+                continue
+            try:
+                jobs.crash(
+                    session,
+                    job.id,
+                    job.fence,
+                    "its worker was lost",
+                    code="worker_lost",
+                    max_crashes=settings.max_crashes,
+                )
+                logger.warning(
+                    "took a job back from a lost worker",
+                    extra={"job_id": job.id, "owner": job.owner},
+                )
+            except Fenced:
+                continue
+        workers.forget(session, dead)
+        waiting = jobs.unsent(session, workers.idle_slots(session))
+    for job_id in waiting:
+        if not queue.send(app, job_id):
+            break
+        with context.sessions.begin() as session:
+            jobs.mark_sent(session, job_id)
+    _clear_scratch(context)
+
+
+def _clear_scratch(context: Context) -> None:
+    """Remove work folders of jobs that no worker runs any more."""
+    if not context.settings.scratch.is_dir():
+        return
+    for folder in context.settings.scratch.iterdir():
+        with reading(context.sessions) as session:
+            job = session.get(Job, folder.name)
+            over = job is None or job.status in FINISHED or job.owner is None
+        if over and time.time() - folder.stat().st_mtime > context.settings.lease_seconds:
+            shutil.rmtree(folder, ignore_errors=True)

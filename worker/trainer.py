@@ -1,0 +1,53 @@
+"""The trainer: what a job's child process runs. Importing it imports the learning libraries."""
+
+import logging
+import traceback
+from collections.abc import Callable
+
+# Models of these families are found by their configuration at run time; imported here they are
+# loaded once in the fork server instead of once a job.
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+from core import log
+from core.errors import GraftError, StorageFull, is_disk_full
+from core.ml import base_model
+from core.ml.catalogue import BaseModel
+from core.ml.training import sft
+from core.ml.training.sft import Report, Run
+
+logger = logging.getLogger(__name__)
+
+
+def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> None:
+    """Train and report the end: `done`, `stopped` or `error`. Anything else is a crash."""
+    log.setup()
+    log.job_id.set(job_id)
+    try:
+        result = sft.train(run, report, stop)
+    except GraftError as error:
+        report("error", **error.as_dict())
+    except Exception as error:  # noqa: BLE001 - every end of a run is reported, with its cause
+        logger.error("training broke off\n%s", traceback.format_exc())  # noqa: TRY400
+        if is_disk_full(error):
+            report("error", **StorageFull("a checkpoint or the adapter").as_dict())
+        else:
+            report(
+                "error",
+                code="training_error",
+                message=f"Training broke off: {type(error).__name__}: {error}",
+                hint="The worker's log has the whole traceback under this job's id.",
+            )
+    else:
+        if result.adapter is None:
+            report("stopped")
+        else:
+            report("done", folder=str(result.adapter), metrics=result.metrics)
+
+
+def prepare(model: BaseModel, report: Report, stop: Callable[[], bool]) -> None:  # noqa: ARG001 - a child's form
+    """Bring the files of a base model, so that no job has to wait for them."""
+    log.setup()
+    try:
+        base_model.prepare(model)
+    except GraftError as error:
+        report("error", **error.as_dict())

@@ -30,9 +30,7 @@ class Engine:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def complete(
-        self, target: Target, prompt: list[int], sampling: dict[str, Any]
-    ) -> dict[str, Any]:
+    async def complete(self, target: Target, prompt: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
         """One whole completion in the OpenAI form.
 
         Raises:
@@ -53,9 +51,7 @@ class Engine:
     ) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a completion. The connection is open when this returns, so errors come first."""
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        response = await self._send(
-            target, {"model": target.name, "prompt": prompt, **sampling, **options}
-        )
+        response = await self._send(target, {"model": target.name, "prompt": prompt, **sampling, **options})
         return self._chunks(response)
 
     async def ready(self) -> bool:
@@ -99,9 +95,7 @@ class Engine:
 
     async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         try:
-            return await self._http.send(
-                self._http.build_request("POST", path, json=body), stream=True
-            )
+            return await self._http.send(self._http.build_request("POST", path, json=body), stream=True)
         except httpx.HTTPError as error:
             raise _unavailable() from error
 

@@ -19,9 +19,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 def render(error: GraftError, headers: dict[str, str] | None = None) -> JSONResponse:
     """The response for an error; a conflict of states is not worth a retry."""
-    kind = _TYPES.get(
-        error.status, "invalid_request_error" if error.status < 500 else "server_error"
-    )
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     body: dict[str, Any] = {
         "message": error.message,
         "type": kind,

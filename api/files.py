@@ -40,9 +40,7 @@ def respond(
     }
     if modified is not None:
         headers["last-modified"] = format_datetime(modified, usegmt=True)  # type: ignore[arg-type]
-    if headers["etag"] in [
-        tag.strip() for tag in request.headers.get("if-none-match", "").split(",")
-    ]:
+    if headers["etag"] in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)
     try:
         size = services.storage.size(key)
@@ -70,9 +68,7 @@ def _part(wanted: str, size: int) -> tuple[int, int] | None:
         return None
     first, last = match.groups()
     start, end = (
-        (max(size - int(last), 0), size)
-        if not first
-        else (int(first), min(int(last or size), size - 1) + 1)
+        (max(size - int(last), 0), size) if not first else (int(first), min(int(last or size), size - 1) + 1)
     )
     if first and last and int(last) < int(first):
         return None

@@ -45,9 +45,7 @@ def parse(body: bytes) -> Any:
         BadRequest: `invalid_json`, status 400.
     """
     try:
-        value = json.loads(
-            body, parse_constant=_constant, parse_float=_float, object_pairs_hook=_object
-        )
+        value = json.loads(body, parse_constant=_constant, parse_float=_float, object_pairs_hook=_object)
         if "\\u" in repr(body) or b"\x00" in body:
             json.dumps(value, ensure_ascii=False).encode()
         _check(value, MAX_DEPTH)

@@ -26,18 +26,12 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-Url = Annotated[
-    str, typer.Option("--url", envvar="GRAFT_CLIENT_URL", help="Address of the service.")
-]
+Url = Annotated[str, typer.Option("--url", envvar="GRAFT_CLIENT_URL", help="Address of the service.")]
 Key = Annotated[
     str | None,
-    typer.Option(
-        "--key", envvar="GRAFT_CLIENT_KEY", help="API key; default: admin.key of the home folder."
-    ),
+    typer.Option("--key", envvar="GRAFT_CLIENT_KEY", help="API key; default: admin.key of the home folder."),
 ]
-Home = Annotated[
-    Path, typer.Option("--home", envvar="GRAFT_HOME", help="Home folder of the service.")
-]
+Home = Annotated[Path, typer.Option("--home", envvar="GRAFT_HOME", help="Home folder of the service.")]
 
 _URL = "http://127.0.0.1:8000"
 _HOME = Path(".graft")
@@ -59,9 +53,7 @@ def up(
 
 @app.command()
 def train(
-    file: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, help="Data set: JSON Lines or CSV.")
-    ],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Data set: JSON Lines or CSV.")],
     model: Annotated[str | None, typer.Option(help="Base model; default: the service's.")] = None,
     mapping: Annotated[
         str | None,
@@ -72,9 +64,7 @@ def train(
         typer.Option(exists=True, dir_okay=False, help="Held-back rows, read the same way."),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Passes over the data, instead of steps [3].")
-    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of steps [3].")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate [2e-4].")] = None,
     name: Annotated[str | None, typer.Option(help="Name of data set, job and adapter.")] = None,
     output: Annotated[
@@ -88,19 +78,13 @@ def train(
     parts = _mapping(mapping)
     with _client(url, key, home) as client:
         dataset = client.upload(file, name=name, mapping=parts)
-        console.print(
-            f"Data set {dataset['id']}: {dataset['rows']} rows, format {dataset['format']}."
-        )
+        console.print(f"Data set {dataset['id']}: {dataset['rows']} rows, format {dataset['format']}.")
         body: dict[str, Any] = {"dataset_id": dataset["id"], "training": {}}
         if validation is not None:
             body["validation"] = {"dataset_id": client.upload(validation, mapping=parts)["id"]}
         chosen = {"max_steps": steps, "epochs": epochs, "learning_rate": learning_rate}
         body["training"] = {field: value for field, value in chosen.items() if value is not None}
-        body |= {
-            field: value
-            for field, value in {"model": model, "name": name}.items()
-            if value is not None
-        }
+        body |= {field: value for field, value in {"model": model, "name": name}.items() if value is not None}
         job = show.follow(console, client, client.create_job(body)["id"])
         show.outcome(console, job)
         if job["status"] != "succeeded":
@@ -136,9 +120,7 @@ def jobs(
 
 @app.command()
 def chat(
-    adapter: Annotated[
-        str | None, typer.Option(help="Adapter id; default: the base model alone.")
-    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter id; default: the base model alone.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, without an adapter.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     message: Annotated[
@@ -151,16 +133,12 @@ def chat(
 ) -> None:
     """Talk to a base model or an adapter; an empty line ends it."""
     turns = [{"role": "system", "content": system}] if system else []
-    which = {
-        name: value for name, value in {"adapter_id": adapter, "model": model}.items() if value
-    }
+    which = {name: value for name, value in {"adapter_id": adapter, "model": model}.items() if value}
     with _client(url, key, home) as client:
         for text in [message] if message else _lines():
             turns.append({"role": "user", "content": text})
             answer = ""
-            for event, data in client.stream(
-                messages=turns, max_new_tokens=max_new_tokens, **which
-            ):
+            for event, data in client.stream(messages=turns, max_new_tokens=max_new_tokens, **which):
                 if event == "token":
                     answer += data["text"]
                     sys.stdout.write(data["text"])
@@ -186,9 +164,7 @@ def _client(url: str, key: str | None, home: Path) -> Iterator[Client]:
     except ApiError as error:
         errors.print(error.message, style="red", markup=False)
         for item in error.errors[:10]:
-            errors.print(
-                f"  {item.get('line') or item.get('field')}: {item['message']}", markup=False
-            )
+            errors.print(f"  {item.get('line') or item.get('field')}: {item['message']}", markup=False)
         if error.hint:
             errors.print(error.hint, markup=False)
         raise typer.Exit(1) from None

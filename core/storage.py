@@ -20,9 +20,7 @@ class Storage:
 
     @cached_property
     def _fs_root(self) -> tuple[Any, str]:
-        options: dict[str, Any] = (
-            {"use_listings_cache": False} if "://" in self.url else {"auto_mkdir": True}
-        )
+        options: dict[str, Any] = {"use_listings_cache": False} if "://" in self.url else {"auto_mkdir": True}
         if self.url.startswith("s3://") and self._s3_endpoint_url:
             options["endpoint_url"] = self._s3_endpoint_url
         fs, root = fsspec.core.url_to_fs(self.url, **options)

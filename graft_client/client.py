@@ -31,9 +31,7 @@ class UnreachableError(Exception):
 class Client:
     def __init__(self, url: str, key: str, *, timeout: float = 600) -> None:
         headers = {"authorization": f"Bearer {key}"}
-        self._http = httpx.Client(
-            base_url=url, headers=headers, timeout=httpx.Timeout(timeout, connect=5)
-        )
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(timeout, connect=5))
 
     def __enter__(self) -> "Client":
         return self
@@ -70,9 +68,7 @@ class Client:
         return self._call("POST", f"/jobs/{job_id}/cancel")
 
     def events(self, job_id: str, limit: int = 100) -> list[Json]:
-        listed: list[Json] = self._call("GET", f"/jobs/{job_id}/events", params={"limit": limit})[
-            "data"
-        ]
+        listed: list[Json] = self._call("GET", f"/jobs/{job_id}/events", params={"limit": limit})["data"]
         return listed
 
     def watch(self, job_id: str, every: float = 0.5) -> Iterator[Json]:

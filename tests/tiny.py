@@ -23,9 +23,7 @@ def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(
-        ["system user assistant SELECT name FROM table WHERE the a of and"], trainer
-    )
+    raw.train_from_iterator(["system user assistant SELECT name FROM table WHERE the a of and"], trainer)
     made = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<|im_start|>",

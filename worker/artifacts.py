@@ -51,9 +51,7 @@ def store_checkpoint(context: Context, job: Job, data: dict[str, Any]) -> None:
     shutil.rmtree(folder)
 
 
-def store_adapter(
-    context: Context, job: Job, folder: Path, metrics: dict[str, float], work: Path
-) -> Adapter:
+def store_adapter(context: Context, job: Job, folder: Path, metrics: dict[str, float], work: Path) -> Adapter:
     """Store an adapter's files and their zip; its row is for the caller to insert.
 
     Raises:

@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
@@ -83,9 +83,7 @@ class Server:
         root = self.storage.url.rstrip("/") + "/"
         key = path.removeprefix(root)
         if key == path or ".." in key.split("/"):
-            raise BadRequest(
-                "invalid_lora_path", "lora_path does not lie in the storage.", status=400
-            )
+            raise BadRequest("invalid_lora_path", "lora_path does not lie in the storage.", status=400)
         if (local := self.storage.local(key)) is not None:
             return local
         folder = self.settings.home / "cache" / "adapters" / name.replace("/", "_")
@@ -100,85 +98,69 @@ class Server:
 def create_app() -> FastAPI:
     settings = load()
     log.setup(settings.log_level)
-    server = Server(settings)
     app = FastAPI(title="Graft inference", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.server = Server(settings)
     app.add_exception_handler(GraftError, _error)
-    expected = (
-        f"Bearer {settings.engine_key.get_secret_value()}".encode() if settings.engine_key else None
-    )
-
-    def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if expected is not None and not hmac.compare_digest(given, expected):
-            raise GraftError("invalid_key", "This is the inside of Graft; use its API.", status=401)
-
-    keyed = [Depends(check_key)]
-
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.post("/v1/load_lora_adapter", dependencies=keyed)
-    def load_adapter(body: LoadAdapter) -> dict[str, str]:
-        try:
-            server.engine.register(
-                body.lora_name, body.base_model_name, server.folder(body.lora_path, body.lora_name)
-            )
-        except FileNotFoundError as error:
-            raise NotFound(
-                "adapter_missing", f"The files of adapter {body.lora_name} are not in the storage."
-            ) from error
-        return {"status": "ok"}
-
-    @app.post("/v1/completions", dependencies=keyed, response_model=None)
-    async def completions(body: Completion, request: Request) -> dict[str, Any] | StreamingResponse:
-        if not await run_in_threadpool(server.engine.knows, body.model):
-            raise NotFound("model_not_found", f"The model {body.model} is not loaded.")
-        if server.waiting >= _MAX_WAITING:
-            raise GraftError(
-                "engine_full", f"{server.waiting} requests are waiting already.", status=429
-            )
-        if body.stream:
-            pieces = _Pieces(server, body, 0)
-            first = await anext(
-                pieces
-            )  # what is wrong with the request shows before the answer begins
-            return StreamingResponse(_chunks(body, first, pieces), media_type="text/event-stream")
-        choices, tokens = [], 0
-        for index in range(body.n):
-            text = ""
-            pieces = _Pieces(server, body, index, request)
-            async for piece in pieces:
-                if isinstance(piece, Finish):
-                    choices.append(
-                        {
-                            "index": index,
-                            "text": text,
-                            "finish_reason": piece.reason,
-                            "logprobs": None,
-                        }
-                    )
-                    tokens += piece.tokens
-                else:
-                    text += piece
-        return {
-            "id": f"cmpl-{ULID()}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": body.model,
-            "choices": choices,
-            "usage": _usage(body, tokens),
-        }
-
+    app.include_router(router)
+    app.add_api_route("/health", lambda: {"status": "ok"})
     return app
+
+
+def _server(request: Request) -> Server:
+    """The server, for callers that know its key."""
+    server = request.app.state.server
+    assert isinstance(server, Server)  # noqa: S101 - create_app put it there
+    key = server.settings.engine_key
+    given = request.headers.get("authorization", "").encode()
+    if key is not None and not hmac.compare_digest(given, f"Bearer {key.get_secret_value()}".encode()):
+        raise GraftError("invalid_key", "This is the inside of Graft; use its API.", status=401)
+    return server
+
+
+ServerDep = Annotated[Server, Depends(_server)]
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/load_lora_adapter")
+def load_adapter(body: LoadAdapter, server: ServerDep) -> dict[str, str]:
+    try:
+        folder = server.folder(body.lora_path, body.lora_name)
+        server.engine.register(body.lora_name, body.base_model_name, folder)
+    except FileNotFoundError as error:
+        raise NotFound(
+            "adapter_missing", f"The files of adapter {body.lora_name} are not in the storage."
+        ) from error
+    return {"status": "ok"}
+
+
+@router.post("/completions", response_model=None)
+async def completions(
+    body: Completion, request: Request, server: ServerDep
+) -> dict[str, Any] | StreamingResponse:
+    if not await run_in_threadpool(server.engine.knows, body.model):
+        raise NotFound("model_not_found", f"The model {body.model} is not loaded.")
+    if server.waiting >= _MAX_WAITING:
+        raise GraftError("engine_full", f"{server.waiting} requests are waiting already.", status=429)
+    if body.stream:
+        pieces = _Pieces(server, body, 0)
+        first = await anext(pieces)  # what is wrong with the request shows before the answer begins
+        return StreamingResponse(_chunks(body, first, pieces), media_type="text/event-stream")
+    choices, tokens = [], 0
+    for index in range(body.n):
+        text = ""
+        async for piece in _Pieces(server, body, index, request):
+            if isinstance(piece, Finish):
+                choices.append(_choice(index, text, piece.reason))
+                tokens += piece.tokens
+            else:
+                text += piece
+    return {**_head(body), "choices": choices, "usage": _usage(body, tokens)}
 
 
 class _Pieces:
     """The text of one output piece by piece and its Finish, made in a thread; leaving it cancels."""
 
-    def __init__(
-        self, server: Server, body: Completion, index: int, request: Request | None = None
-    ) -> None:
+    def __init__(self, server: Server, body: Completion, index: int, request: Request | None = None) -> None:
         self.server, self.body, self.index, self.request = server, body, index, request
         self.queue: asyncio.Queue[str | Finish | BaseException] = asyncio.Queue()
         self.cancelled = threading.Event()
@@ -240,30 +222,39 @@ class _Pieces:
 
 
 async def _chunks(body: Completion, first: str | Finish, rest: _Pieces) -> AsyncIterator[str]:
-    head = {
+    head = _head(body)
+    tokens = 0
+    item: str | Finish = first
+    try:
+        while isinstance(item, str):
+            yield _event({**head, "choices": [_choice(0, item, None)], "usage": None})
+            item = await anext(rest)
+        tokens = item.tokens
+        yield _event({**head, "choices": [_choice(0, "", item.reason)], "usage": None})
+        if (body.stream_options or {}).get("include_usage"):
+            yield _event({**head, "choices": [], "usage": _usage(body, tokens)})
+    except GraftError as error:
+        yield _event({"error": {"message": error.message, "code": error.code}})
+    finally:
+        rest.cancelled.set()
+    yield "data: [DONE]\n\n"
+
+
+def _head(body: Completion) -> dict[str, Any]:
+    return {
         "id": f"cmpl-{ULID()}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": body.model,
     }
-    tokens = 0
-    item: str | Finish = first
-    try:
-        while True:
-            text, reason = (item, None) if isinstance(item, str) else ("", item.reason)
-            choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
-            yield f"data: {json.dumps({**head, 'choices': [choice], 'usage': None})}\n\n"
-            if isinstance(item, Finish):
-                tokens = item.tokens
-                break
-            item = await anext(rest)
-        if (body.stream_options or {}).get("include_usage"):
-            yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(body, tokens)})}\n\n"
-    except GraftError as error:
-        yield f"data: {json.dumps({'error': {'message': error.message, 'code': error.code}})}\n\n"
-    finally:
-        rest.cancelled.set()
-    yield "data: [DONE]\n\n"
+
+
+def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
 
 
 def _usage(body: Completion, tokens: int) -> dict[str, int]:

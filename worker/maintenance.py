@@ -10,7 +10,7 @@ import time
 
 from celery import Celery
 
-from core.control import jobs, queue, workers
+from core.control import attempts, queue, workers
 from core.control.db import DatabaseUnavailable, reading
 from core.control.tables import FINISHED, Job
 from core.errors import Fenced
@@ -57,11 +57,11 @@ def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
         return
     with context.sessions.begin() as session:
         dead = workers.dead_here(session)
-        for job in jobs.lost(session, dead):
+        for job in attempts.lost(session, dead):
             if job.owner not in dead and not trust_leases:
                 continue
             try:
-                jobs.crash(
+                attempts.crash(
                     session,
                     job.id,
                     job.fence,
@@ -76,12 +76,12 @@ def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
             except Fenced:
                 continue
         workers.forget(session, dead)
-        waiting = jobs.unsent(session, workers.idle_slots(session))
+        waiting = attempts.unsent(session, workers.idle_slots(session))
     for job_id in waiting:
         if not queue.send(app, job_id):
             break
         with context.sessions.begin() as session:
-            jobs.mark_sent(session, job_id)
+            attempts.mark_sent(session, job_id)
     _clear_scratch(context)
 
 

@@ -3,7 +3,7 @@
 from core import settings
 from core.ml import base_model, catalogue
 from core.ml.catalogue import Catalogue
-from core.ml.training.config import Quantization
+from core.ml.quantization import Quantization
 
 
 def main() -> None:

@@ -8,21 +8,21 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from core import log
-from core.control import events, jobs
-from core.control.db import DatabaseUnavailable, Session, reading
-from core.control.tables import Dataset, Job
+from core.control import attempts, events
+from core.control.db import DatabaseUnavailable, reading
+from core.control.tables import Dataset
 from core.errors import Fenced, GraftError, NotFound
 from core.ml import catalogue
 from core.ml.training.config import Spec
 from core.ml.training.run import Run
-from worker import artifacts, child
+from worker import artifacts, child, reports
 from worker.context import Context
+from worker.reports import Attempt
 
 logger = logging.getLogger(__name__)
 
@@ -31,26 +31,12 @@ _TICK_SECONDS = 0.2
 _DATABASE_PATIENCE = 600.0
 
 
-@dataclass
-class Attempt:
-    """One claim of a job, while it runs: reports not yet written, uploads not yet registered."""
-
-    job: Job
-    work: Path
-    reports: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    uploads: list[tuple[dict[str, Any], Future[None]]] = field(default_factory=list)
-    stored: list[dict[str, Any]] = field(default_factory=list)
-    outcome: tuple[str, dict[str, Any]] = ("crash", {})
-    model_seconds: float = 0.0
-    cancel: bool = False
-
-
 def run(context: Context, job_id: str) -> None:
     """Claim the job and see it through; returns at once when it is somebody else's."""
     if context.stopping.is_set():
         return
     with context.sessions.begin() as session:
-        job = jobs.claim(session, job_id, context.owner, context.settings.lease_seconds)
+        job = attempts.claim(session, job_id, context.owner, context.settings.lease_seconds)
     if job is None:
         return
     token = log.job_id.set(job.id)
@@ -91,7 +77,7 @@ def _train(context: Context, attempt: Attempt) -> tuple[Path, dict[str, float]] 
         finally:
             trainer.close()
         wait([upload for _, upload in attempt.uploads])
-    _patiently(lambda: _write(context, attempt))
+    _patiently(lambda: reports.write(context, attempt))
     kind, data = attempt.outcome
     return (Path(data["folder"]), data["metrics"]) if kind == "done" else None
 
@@ -105,9 +91,7 @@ def _inputs(context: Context, attempt: Attempt) -> Run:
     validation = spec.pop("validation", None) or {}
     with reading(context.sessions) as session:
         train = session.get(Dataset, job.dataset_id)
-        valid = (
-            session.get(Dataset, validation["dataset_id"]) if validation.get("dataset_id") else None
-        )
+        valid = session.get(Dataset, validation["dataset_id"]) if validation.get("dataset_id") else None
         saved = events.checkpoints(session, job.id)
     if train is None or (validation.get("dataset_id") and valid is None):
         raise NotFound("dataset_not_found", "The data set of this job was deleted.")
@@ -120,7 +104,7 @@ def _inputs(context: Context, attempt: Attempt) -> Run:
             break
         damaged.append(row.step)
     with context.sessions.begin() as session:
-        jobs.renew(session, job.id, job.fence, context.settings.lease_seconds, step=step)
+        attempts.renew(session, job.id, job.fence, context.settings.lease_seconds, step=step)
         events.forget_after(session, job.id, step)
         for number in damaged:
             events.add(
@@ -154,44 +138,46 @@ def _supervise(
     context: Context, attempt: Attempt, trainer: child.Child, uploader: ThreadPoolExecutor
 ) -> None:
     """Until the trainer has ended: take its reports, write them, renew the lease, pass on stops."""
-    beat = heard = time.monotonic()
-    away_since: float | None = None
+    written = heard = time.monotonic()
     asked = False
     while True:
         ended = trainer.exit_code is not None
-        reports = trainer.receive(0 if ended else _TICK_SECONDS)
-        if reports:
-            heard = time.monotonic()
-        for kind, data in reports:
+        news = trainer.receive(0 if ended else _TICK_SECONDS)
+        for kind, data in news:
             _take(context, attempt, kind, data, uploader)
-        if ended and not reports:
-            if attempt.outcome[0] == "crash":
-                attempt.outcome = (
-                    "crash",
-                    {"why": f"its trainer process ended with exit code {trainer.exit_code}"},
-                )
-            return
-        if (
-            attempt.reports
-            or any(upload.done() for _, upload in attempt.uploads)
-            or (time.monotonic() - beat >= context.settings.heartbeat_seconds)
-        ):
-            try:
-                _write(context, attempt)
-                beat, away_since = time.monotonic(), None
-            except DatabaseUnavailable:
-                away_since = away_since or time.monotonic()
-                if time.monotonic() - away_since > _DATABASE_PATIENCE:
-                    raise
-                logger.warning("database is away; training goes on")
-                time.sleep(1)
+        if ended and not news:
+            break
+        heard = time.monotonic() if news else heard
+        if time.monotonic() - heard > context.settings.stall_seconds:
+            raise TimeoutError(f"the trainer gave no sign of life for {context.settings.stall_seconds:.0f} s")
+        if _write_due(context, attempt, written) and _write_if_possible(context, attempt, written):
+            written = time.monotonic()
         if (attempt.cancel or context.stopping.is_set()) and not asked:
             asked = True
             trainer.ask_to_stop()
-        if time.monotonic() - heard > context.settings.stall_seconds:
-            raise TimeoutError(
-                f"the trainer gave no sign of life for {context.settings.stall_seconds:.0f} s"
-            )
+    if attempt.outcome[0] == "crash":
+        attempt.outcome = (
+            "crash",
+            {"why": f"its trainer process ended with exit code {trainer.exit_code}"},
+        )
+
+
+def _write_due(context: Context, attempt: Attempt, written: float) -> bool:
+    silent = time.monotonic() - written >= context.settings.heartbeat_seconds
+    return silent or bool(attempt.reports) or any(upload.done() for _, upload in attempt.uploads)
+
+
+def _write_if_possible(context: Context, attempt: Attempt, written: float) -> bool:
+    """Training goes on without the database for a while: nobody else can claim the job either."""
+    try:
+        reports.write(context, attempt)
+    except DatabaseUnavailable:
+        if time.monotonic() - written > _DATABASE_PATIENCE:
+            raise
+        logger.warning("database is away; training goes on")
+        time.sleep(1)
+        return False
+    return True
 
 
 def _take(
@@ -211,116 +197,19 @@ def _take(
         attempt.reports.append((kind, data))
 
 
-def _write(context: Context, attempt: Attempt) -> None:
-    """One short transaction with all that is waiting; when it fails, all of it waits on.
-
-    Raises:
-        StorageFull: a checkpoint could not be stored.
-    """
-    job = attempt.job
-    for item in [item for item in attempt.uploads if item[1].done()]:
-        attempt.uploads.remove(item)
-        item[1].result()
-        attempt.stored.append(item[0])
-    columns: dict[str, Any] = {}
-    metrics = dict(job.metrics)
-    old = []
-    with context.sessions.begin() as session:
-        for kind, data in attempt.reports:
-            _record(session, attempt, kind, data, columns, metrics)
-        attempt.cancel = jobs.renew(
-            session, job.id, job.fence, context.settings.lease_seconds, metrics=metrics, **columns
-        )
-        for data in attempt.stored:
-            key = artifacts.checkpoint_key(job, data["step"])
-            events.add_checkpoint(session, job.id, data["step"], key, data["files"], metrics)
-            events.add(
-                session,
-                job.id,
-                "checkpoint",
-                f"Checkpoint of step {data['step']} saved.",
-                data={"step": data["step"]},
-            )
-        if attempt.stored:
-            session.flush()
-            old = events.checkpoints(session, job.id)[int(job.spec["checkpoints"]["keep"]) :]
-            events.drop_checkpoints(session, old)
-    job.metrics = metrics
-    attempt.reports.clear()
-    attempt.stored.clear()
-    for row in old:
-        context.storage.delete(row.key)
-
-
-def _record(
-    session: Session,
-    attempt: Attempt,
-    kind: str,
-    data: dict[str, Any],
-    columns: dict[str, Any],
-    metrics: dict[str, Any],
-) -> None:
-    """Turn one report into rows, and into changes of the job's own columns and latest metrics."""
-    job = attempt.job
-    if kind == "phase":
-        columns["phase"] = data["phase"]
-        events.add(
-            session, job.id, "phase", f"Phase: {data['phase'].replace('_', ' ')}.", data=data
-        )
-    elif kind == "plan":
-        job.spec = columns["spec"] = data["spec"] | {"validation": job.spec.get("validation")}
-        columns["total_steps"] = data["total_steps"]
-        dropped = data["dropped"]
-        message = f"{data['rows']} rows, {data['trained_tokens']} trained tokens, {data['total_steps']} steps."
-        events.add(
-            session,
-            job.id,
-            "plan",
-            message + (f" {len(dropped)} rows are too long and left out." if dropped else ""),
-            level="warning" if dropped else "info",
-            data={name: value for name, value in data.items() if name != "spec"},
-        )
-    elif kind == "model_loaded":
-        attempt.model_seconds = data["seconds"]
-    elif kind == "first_step":
-        seconds = time.time() - job.created_at.timestamp()
-        events.add(
-            session,
-            job.id,
-            "first_step",
-            f"First optimizer step {seconds:.1f} s after the job was posted "
-            f"(of which {attempt.model_seconds:.1f} s for loading the model).",
-            data={
-                "seconds": round(seconds, 3),
-                "model_seconds": round(attempt.model_seconds, 3),
-                **data,
-            },
-        )
-    elif kind == "metrics":
-        events.measure(session, job.id, data["step"], data["values"])
-        metrics.update(
-            {
-                "train_loss" if name == "loss" else name: value
-                for name, value in data["values"].items()
-            }
-        )
-        if data["progress"]:
-            columns.update(step=data["step"], **data["progress"])
-
-
 def _publish(context: Context, attempt: Attempt, folder: Path, metrics: dict[str, float]) -> None:
     job = attempt.job
     adapter = artifacts.store_adapter(context, job, folder, metrics, attempt.work)
     try:
         with context.sessions.begin() as session:
-            jobs.renew(
+            attempts.renew(
                 session,
                 job.id,
                 job.fence,
                 context.settings.lease_seconds,
                 metrics=job.metrics | metrics,
             )
-            jobs.succeed(session, job.id, job.fence, adapter)
+            attempts.succeed(session, job.id, job.fence, adapter)
     except Exception:
         context.storage.delete(adapter.key)
         raise
@@ -332,23 +221,23 @@ def _end(context: Context, attempt: Attempt) -> None:
     kind, data = attempt.outcome
     with context.sessions.begin() as session:
         if kind == "error":
-            jobs.fail(
+            attempts.fail(
                 session,
                 job.id,
                 job.fence,
                 GraftError(data["code"], data["message"], hint=data["hint"]),
             )
         elif kind == "stopped" and attempt.cancel:
-            jobs.cancelled(session, job.id, job.fence)
+            attempts.cancelled(session, job.id, job.fence)
         elif kind == "stopped":
-            jobs.release(
+            attempts.release(
                 session,
                 job.id,
                 job.fence,
                 "The worker shuts down; the job goes on from its last checkpoint.",
             )
         else:
-            jobs.crash(
+            attempts.crash(
                 session,
                 job.id,
                 job.fence,

@@ -13,7 +13,8 @@ from core.errors import GraftError, StorageFull, is_disk_full
 from core.ml import base_model
 from core.ml.catalogue import BaseModel
 from core.ml.training import sft
-from core.ml.training.sft import Report, Run
+from core.ml.training.reporter import Report
+from core.ml.training.run import Run
 
 logger = logging.getLogger(__name__)
 

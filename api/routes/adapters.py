@@ -35,9 +35,7 @@ def delete(adapter_id: str, services: ServicesDep, caller: CallerDep) -> Deleted
 
 
 @router.api_route("/{adapter_id}/download", methods=["GET", "HEAD"])
-def download(
-    adapter_id: str, request: Request, services: ServicesDep, caller: CallerDep
-) -> Response:
+def download(adapter_id: str, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """One zip in PEFT's own layout."""
     row = _get(services, caller.project_id, adapter_id)
     return respond(

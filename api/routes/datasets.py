@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from core.control.tables import Dataset
 from core.errors import BadRequest, GraftError, StorageFull, is_disk_full
 from core.ml import catalogue, prompts
 from core.ml.formats import validate
-from core.ml.prompts import Contract, LossOn
+from core.ml.prompts import Contract, LossOn, Message
 
 router = APIRouter(prefix="/datasets", tags=["data sets"], route_class=StrictRoute)
 
@@ -91,9 +92,7 @@ def delete(dataset_id: str, services: ServicesDep, caller: CallerDep) -> Deleted
 
 
 @router.api_route("/{dataset_id}/content", methods=["GET", "HEAD"])
-def content(
-    dataset_id: str, request: Request, services: ServicesDep, caller: CallerDep
-) -> Response:
+def content(dataset_id: str, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """The file as it was uploaded."""
     row = _get(services, caller.project_id, dataset_id)
     media_type = "text/csv" if row.file_type == "csv" else "application/x-ndjson"
@@ -134,7 +133,7 @@ def preview(
         for line, messages in validate.conversations(
             file, datasets.reading(row, services.settings.line_max_bytes)
         ):
-            rows.append(_preview_row(contract, line, list(messages), loss_on, max_length))
+            rows.append(_preview_row(contract, line, messages, loss_on, max_length))
             if len(rows) == n:
                 break
     return Preview(
@@ -154,7 +153,7 @@ def preview(
 
 
 def _preview_row(
-    contract: Contract, line: int, messages: list[Any], loss_on: LossOn, max_length: int | None
+    contract: Contract, line: int, messages: Sequence[Message], loss_on: LossOn, max_length: int | None
 ) -> PreviewRow:
     encoded = prompts.encode(contract, messages, loss_on=loss_on)
     tokens = [
@@ -205,9 +204,7 @@ def _mapping(text: str | None) -> dict[str, Any] | None:
             "invalid_mapping", f"The mapping is not JSON: {error.message}", param="mapping"
         ) from error
     if not isinstance(value, dict):
-        raise BadRequest(
-            "invalid_mapping", 'A mapping is a JSON object {"messages": […]}.', param="mapping"
-        )
+        raise BadRequest("invalid_mapping", 'A mapping is a JSON object {"messages": […]}.', param="mapping")
     return value
 
 

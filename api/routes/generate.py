@@ -34,9 +34,7 @@ _PROMPT_FILES = (
 @router.post("/generate", response_model=Generation)
 async def generate(body: GenerateRequest, services: ServicesDep, caller: CallerDep) -> Any:
     """Answer with the base model, or with an adapter by the prompt contract it was trained with."""
-    target, ids, stop_ids, context = await run_in_threadpool(
-        _prepare, body, services, caller.project_id
-    )
+    target, ids, stop_ids, context = await run_in_threadpool(_prepare, body, services, caller.project_id)
     if context is not None and len(ids) + body.max_new_tokens > context:
         raise BadRequest(
             "prompt_too_long",
@@ -65,8 +63,7 @@ async def generate(body: GenerateRequest, services: ServicesDep, caller: CallerD
         )
     answer = await services.engine.complete(target, ids, sampling)
     outputs = [
-        Output(text=choice["text"], finish_reason=choice["finish_reason"])
-        for choice in answer["choices"]
+        Output(text=choice["text"], finish_reason=choice["finish_reason"]) for choice in answer["choices"]
     ]
     return Generation(
         id=f"gen_{ULID()}",

@@ -40,12 +40,8 @@ def create(
     sha256 = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
     model = body.model or services.settings.default_model
     catalogue.check(services.catalogue, model)
-    settled = config.settle(
-        config.Spec(**{name: getattr(body, name) for name in config.Spec.model_fields})
-    )
-    spec = settled.model_dump() | {
-        "validation": body.validation.model_dump() if body.validation else None
-    }
+    settled = config.settle(config.Spec(**{name: getattr(body, name) for name in config.Spec.model_fields}))
+    spec = settled.model_dump() | {"validation": body.validation.model_dump() if body.validation else None}
     try:
         with services.sessions.begin() as session:
             if idempotency_key and (

@@ -20,18 +20,14 @@ def create_project(body: ProjectCreate, services: ServicesDep, caller: AdminDep)
 @router.get("/projects")
 def list_projects(services: ServicesDep, caller: AdminDep) -> Listing[ProjectOut]:  # noqa: ARG001
     with db.reading(services.sessions) as session:
-        return Listing(
-            data=[ProjectOut.of(row) for row in projects.projects(session)], has_more=False
-        )
+        return Listing(data=[ProjectOut.of(row) for row in projects.projects(session)], has_more=False)
 
 
 @router.post("/keys", status_code=201)
 def create_key(body: KeyCreate, services: ServicesDep, caller: AdminDep) -> NewKey:
     """A new key for the caller's project or another; its text is shown this once."""
     with services.sessions.begin() as session:
-        row, text = projects.create_key(
-            session, body.project_id or caller.project_id, body.name, body.role
-        )
+        row, text = projects.create_key(session, body.project_id or caller.project_id, body.name, body.role)
     return NewKey(**KeyOut.of(row).model_dump(), key=text)
 
 

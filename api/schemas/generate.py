@@ -39,9 +39,7 @@ class GenerateRequest(Request):
         if self.raw and self.prompt is None:
             raise ValueError("raw needs a prompt")
         if self.messages and self.messages[-1].role == "assistant":
-            raise ValueError(
-                "the last message must not be the assistant's: it is what is to be written"
-            )
+            raise ValueError("the last message must not be the assistant's: it is what is to be written")
         if self.adapter_id and self.model:
             raise ValueError("give adapter_id or model: an adapter knows its base model")
         if self.stream and self.n > 1:

@@ -1,8 +1,8 @@
 """Adapter rules and queries."""
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
+from core.control.db import Session
 from core.control.tables import Adapter
 from core.errors import NotFound
 

@@ -3,8 +3,8 @@
 from typing import Any, cast
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
+from core.control.db import Session
 from core.control.tables import FINISHED, Dataset, Job, new_id, utcnow
 from core.errors import Conflict, NotFound
 from core.ml.formats.chat import Format
@@ -47,9 +47,7 @@ def page(session: Session, project_id: str, *, limit: int, after: str | None) ->
 def delete(session: Session, project_id: str, dataset_id: str) -> Dataset:
     """Raises NotFound, or Conflict `dataset_in_use` while an unfinished job reads it."""
     dataset = get(session, project_id, dataset_id)
-    users = session.scalars(
-        select(Job).where(Job.project_id == project_id, Job.status.not_in(FINISHED))
-    )
+    users = session.scalars(select(Job).where(Job.project_id == project_id, Job.status.not_in(FINISHED)))
     for job in users:
         if dataset_id in (job.dataset_id, (job.spec.get("validation") or {}).get("dataset_id")):
             raise Conflict(

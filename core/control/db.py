@@ -5,12 +5,22 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import DateTime, Engine, Float, create_engine, event, text
+from sqlalchemy import (
+    ColumnElement,
+    CursorResult,
+    DateTime,
+    Engine,
+    Float,
+    create_engine,
+    event,
+    text,
+    update,
+)
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, sessionmaker
 from sqlalchemy.orm import Session as Session
-from sqlalchemy.orm import sessionmaker
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
@@ -41,6 +51,17 @@ def reading(sessions: Sessions) -> Iterator[Session]:
     """A session for queries only; on SQLite it does not take the one write lock."""
     with sessions(bind=engine_of(sessions).execution_options(read_only=True)) as session:
         yield session
+
+
+def update_one(
+    session: Session, table: type[DeclarativeBase], where: list[ColumnElement[bool]], **values: Any
+) -> bool:
+    """One conditional UPDATE by the database itself; whether it found its row."""
+    session.flush()
+    statement = update(table).where(*where).values(**values).execution_options(synchronize_session=False)
+    result = session.execute(statement)
+    assert isinstance(result, CursorResult)  # noqa: S101 - what an UPDATE returns
+    return result.rowcount == 1
 
 
 def check(sessions: Sessions) -> None:

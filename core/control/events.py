@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import delete, select
-from sqlalchemy.orm import Session
 
+from core.control.db import Session
 from core.control.tables import Checkpoint, JobEvent, JobMetric, utcnow
 
 
@@ -19,9 +19,7 @@ def add(
     data: dict[str, Any] | None = None,
 ) -> None:
     session.add(
-        JobEvent(
-            job_id=job_id, created_at=utcnow(), level=level, type=type_, message=message, data=data
-        )
+        JobEvent(job_id=job_id, created_at=utcnow(), level=level, type=type_, message=message, data=data)
     )
 
 
@@ -49,11 +47,7 @@ def measure(session: Session, job_id: str, step: int, values: dict[str, float]) 
 
 
 def metrics(session: Session, job_id: str) -> list[JobMetric]:
-    return list(
-        session.scalars(
-            select(JobMetric).where(JobMetric.job_id == job_id).order_by(JobMetric.step)
-        )
-    )
+    return list(session.scalars(select(JobMetric).where(JobMetric.job_id == job_id).order_by(JobMetric.step)))
 
 
 def forget_after(session: Session, job_id: str, step: int) -> None:

@@ -9,8 +9,8 @@ from datetime import timedelta
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
+from core.control.db import Session
 from core.control.tables import ApiKey, Project, Role, new_id, utcnow
 from core.errors import BadRequest, Conflict, NotFound
 
@@ -62,9 +62,7 @@ def create_project(session: Session, name: str) -> Project:
         with session.begin_nested():
             session.add(project)
     except IntegrityError as error:
-        raise Conflict(
-            "project_exists", f'There is a project "{name}" already.', param="name"
-        ) from error
+        raise Conflict("project_exists", f'There is a project "{name}" already.', param="name") from error
     return project
 
 
@@ -82,9 +80,7 @@ def create_key(
         BadRequest: `invalid_key`, the given text has not the form of a key.
     """
     if session.get(Project, project_id) is None:
-        raise NotFound(
-            "project_not_found", f'There is no project "{project_id[:60]}".', param="project_id"
-        )
+        raise NotFound("project_not_found", f'There is no project "{project_id[:60]}".', param="project_id")
     text = key or new_key()
     match = _KEY.fullmatch(text)
     if match is None:

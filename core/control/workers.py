@@ -5,9 +5,8 @@ from pathlib import Path
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
-from core.control.db import now_epoch
+from core.control.db import Session, now_epoch
 from core.control.tables import Job, JobStatus, Lease, Worker, new_id
 
 # A worker not heard of for so many seconds counts for nothing any more.
@@ -32,7 +31,7 @@ def register(session: Session, slots: int) -> str:
 
 
 def beat(session: Session, worker_id: str) -> None:
-    session.get_one(Worker, worker_id).seen = now_epoch()  # type: ignore[assignment]  # a SQL expression
+    session.get_one(Worker, worker_id).seen = now_epoch()
 
 
 def leave(session: Session, worker_id: str) -> None:
@@ -58,9 +57,7 @@ def dead_here(session: Session) -> list[str]:
 def forget(session: Session, worker_ids: list[str]) -> None:
     """Strike out dead workers, and those silent for a day."""
     session.execute(
-        delete(Worker).where(
-            Worker.id.in_(worker_ids) | (Worker.seen < now_epoch() - _FORGET_SECONDS)
-        )
+        delete(Worker).where(Worker.id.in_(worker_ids) | (Worker.seen < now_epoch() - _FORGET_SECONDS))
     )
 
 

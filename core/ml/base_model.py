@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from core.errors import NotFound
 from core.ml import catalogue
 from core.ml.catalogue import BaseModel
-from core.ml.training.config import Quantization
+from core.ml.quantization import Quantization
 
 transformers_logging.disable_progress_bar()
 
@@ -55,9 +55,7 @@ def settle(quantization: Quantization) -> Precision:
     dtype = quantization.compute_dtype
     if dtype == "auto":
         if torch.cuda.is_available():
-            dtype = (
-                "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-            )
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         else:
             dtype = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
     return Precision(quantization.bits, quantization.type, quantization.double_quant, dtype)

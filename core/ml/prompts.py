@@ -6,6 +6,7 @@ Needs transformers' tokenizers only, no torch.
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from core.errors import BadRequest
 
 LossOn = Literal["assistant", "completion", "all"]
-Message = dict[str, Any]
+Message = Mapping[str, Any]
 
 CONTRACT_FILE = "prompt_contract.json"
 # The turn-end token need not be the very last trained one: many templates add a line break.
@@ -91,9 +92,7 @@ def save(contract: Contract, folder: Path) -> None:
     )
 
 
-def encode(
-    contract: Contract, messages: list[Message], *, loss_on: LossOn = "assistant"
-) -> Encoded:
+def encode(contract: Contract, messages: Sequence[Message], *, loss_on: LossOn = "assistant") -> Encoded:
     """Tokens and loss mask of a whole conversation.
 
     The mask goes by position: the tokens that an assistant turn adds to the conversation before it.
@@ -111,9 +110,7 @@ def encode(
     for turn in turns if loss_on == "assistant" else turns[-1:]:
         before = _apply(contract, messages[:turn], answer_next=True)
         after = (
-            ids
-            if turn + 1 == len(messages)
-            else _apply(contract, messages[: turn + 1], answer_next=False)
+            ids if turn + 1 == len(messages) else _apply(contract, messages[: turn + 1], answer_next=False)
         )
         if ids[: len(before)] != before or ids[: len(after)] != after:
             raise BadRequest(
@@ -127,7 +124,7 @@ def encode(
     return Encoded(ids, trained)
 
 
-def encode_prompt(contract: Contract, messages: list[Message]) -> list[int]:
+def encode_prompt(contract: Contract, messages: Sequence[Message]) -> list[int]:
     """The tokens after which the model answers: the same prefix that training saw."""
     return _apply(contract, messages, answer_next=True)
 
@@ -139,9 +136,7 @@ def encode_plain(contract: Contract, text: str) -> list[int]:
 
 def ends_trained(contract: Contract, encoded: Encoded) -> bool:
     """Whether the end of the answer is among what is learned."""
-    tail = [token for token, trained in zip(encoded.ids, encoded.trained, strict=True) if trained][
-        -_TAIL:
-    ]
+    tail = [token for token, trained in zip(encoded.ids, encoded.trained, strict=True) if trained][-_TAIL:]
     return any(token in contract.stop_token_ids for token in tail)
 
 
@@ -154,10 +149,10 @@ def pieces(contract: Contract, ids: list[int]) -> list[str]:
     return [str(contract.tokenizer.decode([token])) for token in ids]
 
 
-def _apply(contract: Contract, messages: list[Message], *, answer_next: bool) -> list[int]:
+def _apply(contract: Contract, messages: Sequence[Message], *, answer_next: bool) -> list[int]:
     try:
         ids: list[int] = contract.tokenizer.apply_chat_template(
-            messages,
+            [dict(message) for message in messages],
             add_generation_prompt=answer_next,
             tokenize=True,
             return_dict=True,
@@ -165,14 +160,10 @@ def _apply(contract: Contract, messages: list[Message], *, answer_next: bool) ->
             sanitize_control_tokens=True,
         )["input_ids"]
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise BadRequest(
-            "template_error", f"The chat template refuses this conversation: {error}"
-        ) from error
+        raise BadRequest("template_error", f"The chat template refuses this conversation: {error}") from error
     bos = contract.tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
-        raise BadRequest(
-            "double_bos", "The chat template and the tokenizer both add a start token."
-        )
+        raise BadRequest("double_bos", "The chat template and the tokenizer both add a start token.")
     return ids
 
 

@@ -83,9 +83,7 @@ def check_mapping(mapping: Any, columns: Sequence[str]) -> None:
         ):
             raise wrong(f"mapping.messages[{i}] must have a role and a content, both text.")
         if turn["role"] not in ROLES:
-            raise wrong(
-                f'mapping.messages[{i}].role is "{turn["role"]}"; expected {", ".join(ROLES)}.'
-            )
+            raise wrong(f'mapping.messages[{i}].role is "{turn["role"]}"; expected {", ".join(ROLES)}.')
         for place in _PLACE.finditer(turn["content"]):
             if (name := place.group(2)) is not None and name not in columns:
                 near = nearest(name, columns)
@@ -110,9 +108,7 @@ def messages(row: dict[str, Any], kind: Format, mapping: dict[str, Any] | None) 
     if kind == "messages":
         for name in ("tools", "functions"):
             if row.get(name):
-                raise RowError(
-                    name, "unknown_field", f'The row has "{name}", which would be ignored.'
-                )
+                raise RowError(name, "unknown_field", f'The row has "{name}", which would be ignored.')
         return _checked(row.get("messages"))
     if kind == "prompt_completion":
         turns = [_turn(row, "prompt", "user"), _turn(row, "completion", "assistant")]
@@ -123,10 +119,7 @@ def messages(row: dict[str, Any], kind: Format, mapping: dict[str, Any] | None) 
         turns = [user, _turn(row, "output", "assistant")]
     else:
         assert mapping is not None  # noqa: S101 - a data set of this format always has one
-        turns = [
-            Turn(role=part["role"], content=_fill(part["content"], row))
-            for part in mapping["messages"]
-        ]
+        turns = [Turn(role=part["role"], content=_fill(part["content"], row)) for part in mapping["messages"]]
     if not turns[-1]["content"].strip():
         field = {"prompt_completion": "completion", "alpaca": "output"}.get(kind, "messages")
         raise RowError(field, "empty_answer", "The answer is empty, so there is nothing to learn.")
@@ -161,9 +154,7 @@ def _text(row: dict[str, Any], field: str, *, optional: bool = False) -> str:
 
 def _checked(value: Any) -> list[Turn]:
     if not isinstance(value, list) or not value:
-        raise RowError(
-            "messages", "missing_field", "messages must be a list of at least two messages."
-        )
+        raise RowError("messages", "missing_field", "messages must be a list of at least two messages.")
     turns = [_checked_turn(i, item) for i, item in enumerate(value)]
     if turns[-1]["role"] != "assistant":
         last = len(turns) - 1

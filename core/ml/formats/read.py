@@ -50,15 +50,11 @@ def file_type(path: Path) -> FileType:
     if b"\x00" in head:
         raise _unsupported("The file holds binary data, not text.")
     if start.startswith(b"["):
-        raise _unsupported(
-            "The file is one JSON array; write one JSON object a line (JSON Lines) instead."
-        )
+        raise _unsupported("The file is one JSON array; write one JSON object a line (JSON Lines) instead.")
     if start[:1] in b"{":
         return "jsonl"
     if start[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise _unsupported(
-            "The file is an HTML page, perhaps a login or error page saved in its place."
-        )
+        raise _unsupported("The file is an HTML page, perhaps a login or error page saved in its place.")
     if b"," in start.split(b"\n", 1)[0]:
         return "csv"
     # Not a table, so most likely JSON Lines with a broken first line: its reader says what is wrong.
@@ -134,9 +130,7 @@ def _parse(number: int, raw: bytes) -> Row:
             ("too_deep", f"The row is nested more than {MAX_DEPTH} levels deep.", None),
         )
     if (bad := _unwritable(text)) is not None:
-        return Row(
-            number, None, ("invalid_text", f"The row holds {bad}, which is not text.", "Remove it.")
-        )
+        return Row(number, None, ("invalid_text", f"The row holds {bad}, which is not text.", "Remove it."))
     return Row(number, value)
 
 
@@ -197,9 +191,7 @@ def _deeper(value: Any, left: int) -> bool:
         return False
     if left == 0:
         return True
-    return any(
-        _deeper(item, left - 1) for item in (value.values() if isinstance(value, dict) else value)
-    )
+    return any(_deeper(item, left - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 def _unwritable(text: str) -> str | None:
@@ -219,9 +211,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _json_name(value: Any) -> str:
-    return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(
-        type(value), "number"
-    )
+    return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
 
 
 def _unsupported(message: str) -> BadRequest:

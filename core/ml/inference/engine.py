@@ -23,7 +23,7 @@ from core.errors import BadRequest, Conflict, NotFound
 from core.ml import base_model, catalogue, prompts
 from core.ml.catalogue import Catalogue
 from core.ml.inference.text import TextStream
-from core.ml.training.config import Quantization
+from core.ml.quantization import Quantization
 
 FinishReason = Literal["stop", "length", "cancelled"]
 # Resident adapters; the one that was not used for longest makes room.
@@ -191,13 +191,9 @@ class Engine:
         if name in self._resident:
             self._resident.move_to_end(name)
             return
-        trained_on = json.loads((folder / "adapter_config.json").read_text()).get(
-            "base_model_name_or_path"
-        )
+        trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         if trained_on != base:
-            raise Conflict(
-                "adapter_mismatch", f"Adapter {name} was trained on {trained_on}, not on {base}."
-            )
+            raise Conflict("adapter_mismatch", f"Adapter {name} was trained on {trained_on}, not on {base}.")
         if isinstance(self._model, PeftModel):
             self._model.load_adapter(str(folder), adapter_name=name)
         else:

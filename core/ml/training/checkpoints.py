@@ -43,9 +43,7 @@ def seal(folder: Path, step: int) -> list[FileInfo]:
 
 def is_whole(folder: Path, files: list[dict[str, Any]]) -> bool:
     """Whether `folder` holds exactly the bytes that were sealed. `files` comes from the database."""
-    present = {
-        info["path"]: info["sha256"] for info in describe(folder) if info["path"] != MANIFEST
-    }
+    present = {info["path"]: info["sha256"] for info in describe(folder) if info["path"] != MANIFEST}
     return present == {info["path"]: info["sha256"] for info in files}
 
 

@@ -7,25 +7,14 @@ r 16, learning rate 2e-4, gradient clipping at 0.3 (Dettmers and others, arXiv 2
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from core.ml.quantization import Part, Quantization
 
 Auto = Literal["auto"]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 _MODULE = re.compile(r"[A-Za-z0-9_]{1,64}")
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Quantization(Part):
-    """How the frozen base model is held. 16 means no quantisation: plain LoRA."""
-
-    bits: Literal[4, 16] = 4
-    type: Literal["nf4", "fp4"] = "nf4"
-    double_quant: bool = True
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 
 
 class Lora(Part):
@@ -39,12 +28,8 @@ class Lora(Part):
     @classmethod
     def _names(cls, value: str | list[str]) -> str | list[str]:
         # peft reads a plain string as a regular expression, which can run for ever: only names pass.
-        if isinstance(value, list) and not (
-            value and all(_MODULE.fullmatch(name) for name in value)
-        ):
-            raise ValueError(
-                'must be "all-linear" or a list of module names such as ["q_proj", "v_proj"]'
-            )
+        if isinstance(value, list) and not (value and all(_MODULE.fullmatch(name) for name in value)):
+            raise ValueError('must be "all-linear" or a list of module names such as ["q_proj", "v_proj"]')
         return value
 
 

@@ -49,7 +49,7 @@ def tokenise(
     unfinished: list[int] = []
     trained_tokens = longest = 0
     for line, messages in _conversations(source):
-        encoded = prompts.encode(contract, list(messages), loss_on=loss_on)
+        encoded = prompts.encode(contract, messages, loss_on=loss_on)
         if len(encoded.ids) > limit:
             too_long.append(line)
             continue
@@ -82,7 +82,8 @@ def tokenise(
 
 def split(tokenised: Tokenised, fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Training and validation examples. Rows with the same prompt stay on the same side."""
-    train, held_back = [], []
+    train: list[Any] = []
+    held_back: list[Any] = []
     for example in tokenised.examples:
         first = next((i for i, label in enumerate(example["labels"]) if label != _IGNORED), 0)
         prompt = repr((seed, example["input_ids"][:first])).encode()

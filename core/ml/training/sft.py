@@ -10,34 +10,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import trl.trainer.utils
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from core.errors import BadRequest, GraftError
 from core.ml import base_model, prompts
-from core.ml.base_model import BaseModel, Precision
+from core.ml.base_model import Precision
+from core.ml.catalogue import BaseModel
 from core.ml.prompts import Contract
-from core.ml.training import checkpoints
 from core.ml.training.config import Spec
 from core.ml.training.data import Tokenised, split, tokenise
+from core.ml.training.reporter import Report, Reporter
 from core.ml.training.run import Run
 
 # trl scores only the positions with a label on a GPU, but every position on a CPU, where nine of ten
 # cost time and change nothing. This is its switch between the two; a test holds both to one result.
 trl.trainer.utils._use_triton = lambda _device: True
-
-
-class Report(Protocol):
-    """Where a run tells what happens: report("metrics", step=3, values={…})."""
-
-    def __call__(self, kind: str, /, **data: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -60,9 +55,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     context = _context(run.model)
     loss_on = run.spec.training.loss_on
     assert loss_on != "auto"  # noqa: S101 - config.settle() came before
-    data = tokenise(
-        run.train, contract, loss_on=loss_on, context=context, training=run.spec.training
-    )
+    data = tokenise(run.train, contract, loss_on=loss_on, context=context, training=run.spec.training)
     train_rows, valid_rows = data.examples, []
     if run.valid is not None:
         valid_rows = tokenise(
@@ -87,10 +80,8 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     model = _with_adapter(base_model.load(run.model, precision), spec)
     report("model_loaded", seconds=time.monotonic() - started)
 
-    trainer = _trainer(
-        model, spec, precision, contract, train_rows, valid_rows, run.work / "checkpoints"
-    )
-    trainer.add_callback(_Reporter(report, stop))
+    trainer = _trainer(model, spec, precision, contract, train_rows, valid_rows, run.work / "checkpoints")
+    trainer.add_callback(Reporter(report, stop))
     report("phase", phase="training")
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
     if trainer.state.global_step < total_steps:
@@ -131,9 +122,7 @@ def _settle(spec: Spec, data: Tokenised, rows: int, precision: Precision) -> tup
             "quantization": spec.quantization.model_copy(update={"compute_dtype": precision.dtype}),
             "training": training.model_copy(
                 update={
-                    "max_length": data.longest
-                    if training.max_length == "auto"
-                    else training.max_length,
+                    "max_length": data.longest if training.max_length == "auto" else training.max_length,
                     "gradient_checkpointing": gradient_checkpointing,
                 }
             ),
@@ -240,74 +229,6 @@ def _trainer(
     return trainer
 
 
-class _Reporter(TrainerCallback):
-    """Turns what the trainer does into reports, seals checkpoints, and leaves when asked to."""
-
-    def __init__(self, report: Report, stop: Callable[[], bool]) -> None:
-        self.report, self.stop = report, stop
-        self.tokens = 0.0
-        self.started = self.last = time.monotonic()
-        self.first_step = -1
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = self.last = time.monotonic()
-        self.first_step = state.global_step
-        self.report("training", step=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.first_step + 1:
-            self.report("first_step", step=state.global_step)
-        if self.stop():
-            control.should_save = control.should_training_stop = True
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
-        if "eval_loss" in logs:
-            self.report(
-                "metrics",
-                step=state.global_step,
-                values={"eval_loss": float(logs["eval_loss"])},
-                progress=None,
-            )
-        if "loss" not in logs:
-            return
-        loss, grad_norm = float(logs["loss"]), float(logs["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise GraftError(
-                "training_diverged",
-                f"At step {state.global_step} the loss is {loss} and the gradient norm {grad_norm}: the run cannot go on.",
-                status=422,
-                hint="Lower training.learning_rate, or look for broken rows with the preview.",
-            )
-        now, tokens = time.monotonic(), float(logs["num_tokens"])
-        per_step = (now - self.started) / (state.global_step - self.first_step)
-        values = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": float(logs["learning_rate"]),
-            "token_accuracy": float(logs["mean_token_accuracy"]),
-            "tokens": tokens,
-            "tokens_per_second": round((tokens - self.tokens) / max(now - self.last, 1e-9), 1),
-            "epoch": float(logs["epoch"]),
-        }
-        self.report(
-            "metrics",
-            step=state.global_step,
-            values=values,
-            progress={
-                "tokens_per_second": values["tokens_per_second"],
-                "eta_seconds": round(per_step * (state.max_steps - state.global_step), 1),
-            },
-        )
-        self.tokens, self.last = tokens, now
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        files = checkpoints.seal(folder, state.global_step)
-        self.report("checkpoint", step=state.global_step, folder=str(folder), files=files)
-
-
 def _evaluate(trainer: SFTTrainer, model: PeftModel) -> dict[str, float]:
     """The loss on the validation rows with the adapter and, on the same rows, without it."""
     adapter = trainer.evaluate(metric_key_prefix="eval")
@@ -321,9 +242,7 @@ def _evaluate(trainer: SFTTrainer, model: PeftModel) -> dict[str, float]:
 
 def _save(model: PeftModel, contract: Contract, base: BaseModel, spec: Spec, folder: Path) -> None:
     """The adapter in PEFT's own layout, with the prompt contract beside it."""
-    if not any(
-        bool(p.detach().abs().sum() > 0) for name, p in model.named_parameters() if "lora_B" in name
-    ):
+    if not any(bool(p.detach().abs().sum() > 0) for name, p in model.named_parameters() if "lora_B" in name):
         raise GraftError(
             "inert_adapter",
             "The trained adapter changes nothing: every lora_B is zero.",

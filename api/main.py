@@ -1,8 +1,12 @@
 """The API process: `create_app` opens what it needs and hangs up the routes."""
 
 import contextlib
+import shutil
+import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -18,6 +22,9 @@ from core.control.tables import Role
 from core.ml.catalogue import Catalogue
 from core.settings import Settings, load
 from core.storage import Storage
+
+# No upload takes longer.
+_UPLOAD_SECONDS = 3600
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -53,10 +60,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
+    _empty_uploads(services.settings.uploads)
+    # The multipart parser spools large files with tempfile, which knows no other way to be told.
+    tempfile.tempdir = str(services.settings.uploads)
     _first_admin(services)
     yield
     services.sender.close()
     await services.engine.close()
+
+
+def _empty_uploads(folder: Path) -> None:
+    """Have the folder, without what a killed process left in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.iterdir():
+        if time.time() - left.stat().st_mtime > _UPLOAD_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _first_admin(services: Services) -> None:

@@ -26,15 +26,11 @@ def follow(console: Console, client: Client, job_id: str) -> dict[str, Any]:
             phase = (job["phase"] or job["status"]).replace("_", " ")
             at = job["progress"]
             progress.update(
-                task,
-                description=phase,
-                completed=at["step"],
-                total=at["total_steps"],
-                facts=_facts(job),
+                task, description=phase, completed=at["step"], total=at["total_steps"], facts=_facts(job)
             )
-            if not console.is_terminal and (line := _line(job, phase)) != said:
-                said = line
-                console.print(line, markup=False, highlight=False)
+            if not console.is_terminal and (part := _part(job, phase)) != said:
+                said = part
+                console.print(f"{part} {_facts(job)}", markup=False, highlight=False)
     return job
 
 
@@ -67,11 +63,9 @@ def _facts(job: dict[str, Any]) -> str:
     return ", ".join(facts)
 
 
-def _line(job: dict[str, Any], phase: str) -> str:
-    """A line for logs and pipes, a new one every tenth of the way."""
+def _part(job: dict[str, Any], phase: str) -> str:
+    """What has a line of its own in logs and pipes: each phase, and each tenth of the training."""
     at = job["progress"]
-    total = at["total_steps"]
-    if phase != "training" or not total:
+    if phase != "training" or not at["total_steps"]:
         return phase
-    tenth = at["step"] * 10 // total
-    return f"{phase} {tenth * 10} %" + (f" ({_facts(job)})" if tenth and at["step"] * 10 % total < 10 else "")
+    return f"{phase} {at['step'] * 10 // at['total_steps'] * 10} %"

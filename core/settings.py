@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -15,18 +16,21 @@ from core.errors import GraftError, nearest
 
 # The kernel takes no longer names for Unix sockets.
 _SOCKET_PATH_MAX = 100
+_KEY = re.compile(r"gr_[0-9a-f]{12}_[A-Za-z0-9_-]{24,128}")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class Settings(BaseSettings):
     """Read once per process with `load()`. Paths below `home` are the defaults of everything."""
 
-    model_config = SettingsConfigDict(env_prefix="GRAFT_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="GRAFT_", env_ignore_empty=True, frozen=True, extra="forbid")
 
     home: Path = Field(Path(".graft"), description="Folder of everything that has no place of its own.")
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, ge=1, le=65535, description="Port the API listens on.")
-    database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the home folder.")
+    database_url: SecretStr | None = Field(
+        None, description="SQLAlchemy URL; default: SQLite in the home folder."
+    )
     broker_url: SecretStr | None = Field(
         None, description="Redis-protocol URL; default: the private server of `graft up`."
     )
@@ -52,7 +56,7 @@ class Settings(BaseSettings):
         None, description="First admin key, where none exists yet; `graft up` makes one itself."
     )
     lease_seconds: float = Field(90, gt=0, description="A worker silent for so long has lost its job.")
-    heartbeat_seconds: float = Field(15, gt=0, description="How often a worker renews its lease.")
+    heartbeat_seconds: float = Field(5, gt=0, description="How often a worker renews its lease.")
     sweep_seconds: float = Field(5, gt=0, description="How often lost and unsent jobs are looked for.")
     max_crashes: int = Field(5, ge=1, description="Crashes after which a job fails for good.")
     stall_seconds: float = Field(
@@ -89,13 +93,17 @@ class Settings(BaseSettings):
             "unix",
         ):
             raise ValueError("GRAFT_BROKER_URL must be redis://, rediss:// or redis+socket://")
-        if self.admin_key and len(self.admin_key.get_secret_value()) < 24:
-            raise ValueError("GRAFT_ADMIN_KEY must have at least 24 characters")
+        if self.admin_key and not _KEY.fullmatch(self.admin_key.get_secret_value()):
+            raise ValueError(
+                "GRAFT_ADMIN_KEY must have the form gr_<12 hex digits>_<at least 24 letters and digits>"
+            )
         return self
 
     @cached_property
     def database(self) -> str:
-        url = self.database_url or f"sqlite:///{self.home / 'graft.db'}"
+        if self.database_url is None:
+            return f"sqlite:///{self.home / 'graft.db'}"
+        url = self.database_url.get_secret_value()
         for short in ("postgresql://", "postgres://"):
             if url.startswith(short):
                 return "postgresql+psycopg://" + url.removeprefix(short)
@@ -122,6 +130,11 @@ class Settings(BaseSettings):
     @cached_property
     def models_folder(self) -> Path:
         return self.models_dir or self.home / "models"
+
+    @property
+    def uploads(self) -> Path:
+        """Where uploads are received: beside the rest, since /tmp is memory on many machines."""
+        return self.home / "uploads"
 
     @property
     def scratch(self) -> Path:

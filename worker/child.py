@@ -10,10 +10,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from dataclasses import dataclass
-from multiprocessing import forkserver
+from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PR_SET_PDEATHSIG = 1
@@ -32,19 +32,22 @@ def warm_up() -> None:
 
 
 def cool_down() -> None:
-    """End the fork server; its own way out takes seconds."""
+    """End the fork server and its helper, and see them gone; their own way out takes seconds."""
     pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
 
 @dataclass
 class Child:
-    """A trainer at work. `receive` gives its reports; `ask_to_stop` ends it after the current step."""
+    """A trainer at work. `receive` gives its reports."""
 
     process: Any
     pipe: Connection
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def receive(self, timeout: float) -> list[tuple[str, dict[str, Any]]]:
         """The reports that are there, after waiting up to `timeout` seconds for the first."""
@@ -61,9 +64,10 @@ class Child:
     def exit_code(self) -> int | None:
         return self.process.exitcode if not self.process.is_alive() else None
 
-    def ask_to_stop(self) -> None:
-        with contextlib.suppress(OSError):
-            self.pipe.send("stop")
+    def tell(self, word: Literal["stop", "beat"]) -> None:
+        """Ask it to leave after its step, or show it that its worker still runs."""
+        with self.lock, contextlib.suppress(OSError):
+            self.pipe.send(word)
 
     def kill(self) -> None:
         self.process.kill()
@@ -74,16 +78,19 @@ class Child:
         self.pipe.close()
 
 
-def start(function: str, *args: Any) -> Child:
-    """Run `worker.trainer.<function>(*args, report, stop)` in a process of its own."""
+def start(function: str, *args: Any, patience: float) -> Child:
+    """Run `worker.trainer.<function>(*args, report, stop)` in a process of its own.
+
+    It ends by itself when this process is gone, or silent for `patience` seconds.
+    """
     ours, theirs = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_main, args=(function, args, theirs), daemon=True)
+    process = _CONTEXT.Process(target=_main, args=(function, args, theirs, patience), daemon=True)
     process.start()
     theirs.close()
     return Child(process, ours)
 
 
-def _main(function: str, args: tuple[Any, ...], pipe: Connection) -> None:
+def _main(function: str, args: tuple[Any, ...], pipe: Connection, patience: float) -> None:
     """The trainer's first steps: it must not outlive its worker, nor know its secrets."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # The fork server ends when the last holder of this descriptor is gone, and we are its children.
@@ -93,7 +100,7 @@ def _main(function: str, args: tuple[Any, ...], pipe: Connection) -> None:
     for name in [name for name in os.environ if name.startswith(_SECRET)]:
         del os.environ[name]
     stopping = threading.Event()
-    threading.Thread(target=_listen, args=(pipe, stopping), daemon=True).start()
+    threading.Thread(target=_listen, args=(pipe, stopping, patience), daemon=True).start()
     lock = threading.Lock()
 
     def report(kind: str, /, **data: Any) -> None:
@@ -105,11 +112,13 @@ def _main(function: str, args: tuple[Any, ...], pipe: Connection) -> None:
     getattr(trainer, function)(*args, report, stopping.is_set)
 
 
-def _listen(pipe: Connection, stopping: threading.Event) -> None:
+def _listen(pipe: Connection, stopping: threading.Event, patience: float) -> None:
     try:
-        while True:
-            pipe.recv()
-            stopping.set()
+        while pipe.poll(patience):
+            if pipe.recv() == "stop":
+                stopping.set()
     except (EOFError, OSError):
-        # The worker is gone. Whatever this process would still write belongs to nobody.
-        os._exit(75)
+        pass
+    # The worker is gone, or stopped for so long that another one may have the job. Whatever this
+    # process would still write belongs to nobody.
+    os._exit(75)

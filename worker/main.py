@@ -65,10 +65,11 @@ def _prepare_default(context: Context) -> None:
     model = catalogue.find(context.catalogue, config.default_model)
     if model.ready:
         return
-    process = child.start("prepare", model)
+    process = child.start("prepare", model, patience=60)
     while process.exit_code is None:
         for _, error in process.receive(1):
-            logger.warning("the default base model is not ready", extra=error)
+            logger.warning("the default base model is not ready", extra={"error": error})
+        process.tell("beat")
     process.close()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from core.control import attempts, events
 from core.control.db import Session
 from core.control.tables import Job
-from worker import artifacts
+from worker import artifacts, child
 from worker.context import Context
 
 
@@ -25,6 +25,8 @@ class Attempt:
     outcome: tuple[str, dict[str, Any]] = ("crash", {})
     model_seconds: float = 0.0
     cancel: bool = False
+    trainer: child.Child | None = None
+    fenced: bool = False
 
 
 def write(context: Context, attempt: Attempt) -> None:

@@ -4,10 +4,12 @@ Heartbeat, cancel and shutdown ride on the same loop. Artifact first, row second
 storage, whole, before a row names them.
 """
 
+import contextlib
 import logging
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -42,12 +44,44 @@ def run(context: Context, job_id: str) -> None:
     token = log.job_id.set(job.id)
     attempt = Attempt(job, context.settings.scratch / job.id / str(job.fence))
     try:
-        _attempt(context, attempt)
+        with _beating(context, attempt):
+            _attempt(context, attempt)
     except Fenced:
         logger.warning("lease lost; this attempt writes nothing more")
     finally:
         shutil.rmtree(attempt.work, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a newer attempt works beside it
+            attempt.work.parent.rmdir()
         log.job_id.reset(token)
+
+
+@contextlib.contextmanager
+def _beating(context: Context, attempt: Attempt) -> Iterator[None]:
+    """Renew the lease from a thread of its own: fetching, starting and storing can take long."""
+    over = threading.Event()
+    job, settings = attempt.job, context.settings
+
+    def beat() -> None:
+        while not over.wait(settings.heartbeat_seconds):
+            try:
+                with context.sessions.begin() as session:
+                    attempt.cancel = attempts.renew(session, job.id, job.fence, settings.lease_seconds)
+            except Fenced:
+                attempt.fenced = True
+                return
+            except DatabaseUnavailable:
+                # Nobody else can claim the job either, so its trainer may go on.
+                logger.warning("database is away; the lease is not renewed")
+            if attempt.trainer is not None:
+                attempt.trainer.tell("beat")
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _attempt(context: Context, attempt: Attempt) -> None:
@@ -70,7 +104,8 @@ def _attempt(context: Context, attempt: Attempt) -> None:
 def _train(context: Context, attempt: Attempt) -> tuple[Path, dict[str, float]] | None:
     """The trainer from start to end; the finished adapter's folder and metrics, if it got so far."""
     run = _inputs(context, attempt)
-    trainer = child.start("train", run, attempt.job.id)
+    trainer = child.start("train", run, attempt.job.id, patience=context.settings.lease_seconds)
+    attempt.trainer = trainer
     with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
         try:
             _supervise(context, attempt, trainer, uploader)
@@ -85,7 +120,7 @@ def _train(context: Context, attempt: Attempt) -> tuple[Path, dict[str, float]] 
 def _inputs(context: Context, attempt: Attempt) -> Run:
     """Everything the trainer needs, as files on this machine."""
     job, work = attempt.job, attempt.work
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work.parent, ignore_errors=True)  # what earlier attempts left when they broke off
     work.mkdir(parents=True)
     spec = dict(job.spec)
     validation = spec.pop("validation", None) or {}
@@ -150,21 +185,19 @@ def _supervise(
         heard = time.monotonic() if news else heard
         if time.monotonic() - heard > context.settings.stall_seconds:
             raise TimeoutError(f"the trainer gave no sign of life for {context.settings.stall_seconds:.0f} s")
-        if _write_due(context, attempt, written) and _write_if_possible(context, attempt, written):
+        if attempt.fenced:
+            raise Fenced(f"job {attempt.job.id} was taken back")
+        waiting = attempt.reports or any(upload.done() for _, upload in attempt.uploads)
+        if not waiting or _write_if_possible(context, attempt, written):
             written = time.monotonic()
         if (attempt.cancel or context.stopping.is_set()) and not asked:
             asked = True
-            trainer.ask_to_stop()
+            trainer.tell("stop")
     if attempt.outcome[0] == "crash":
         attempt.outcome = (
             "crash",
             {"why": f"its trainer process ended with exit code {trainer.exit_code}"},
         )
-
-
-def _write_due(context: Context, attempt: Attempt, written: float) -> bool:
-    silent = time.monotonic() - written >= context.settings.heartbeat_seconds
-    return silent or bool(attempt.reports) or any(upload.done() for _, upload in attempt.uploads)
 
 
 def _write_if_possible(context: Context, attempt: Attempt, written: float) -> bool:

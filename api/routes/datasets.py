@@ -33,7 +33,7 @@ def create(
     mapping: Annotated[str | None, Form(max_length=100_000)] = None,
 ) -> DatasetOut:
     """Keep a data set, if every row of it can be trained."""
-    with tempfile.TemporaryDirectory(prefix="graft-upload-") as folder:
+    with tempfile.TemporaryDirectory(dir=services.settings.uploads) as folder:
         path = Path(folder) / "data"
         size, sha256 = _receive(file, path)
         report = validate.inspect(

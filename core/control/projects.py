@@ -14,7 +14,7 @@ from core.control.db import Session
 from core.control.tables import ApiKey, Project, Role, new_id, utcnow
 from core.errors import BadRequest, Conflict, NotFound
 
-_KEY = re.compile(r"gr_([0-9a-f]{12})_([A-Za-z0-9_-]{16,128})")
+_KEY = re.compile(r"gr_([0-9a-f]{12})_([A-Za-z0-9_-]{24,128})")
 _USED_EVERY = timedelta(minutes=1)
 DEFAULT_PROJECT = "default"
 
@@ -85,7 +85,7 @@ def create_key(
     match = _KEY.fullmatch(text)
     if match is None:
         raise BadRequest(
-            "invalid_key", "An API key has the form gr_<12 hex digits>_<at least 16 characters>."
+            "invalid_key", "An API key has the form gr_<12 hex digits>_<at least 24 characters>."
         )
     row = ApiKey(
         id=match.group(1),

@@ -80,7 +80,9 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     model = _with_adapter(base_model.load(run.model, precision), spec)
     report("model_loaded", seconds=time.monotonic() - started)
 
-    trainer = _trainer(model, spec, precision, contract, train_rows, valid_rows, run.work / "checkpoints")
+    trainer = _trainer(
+        model, spec, total_steps, precision, contract, train_rows, valid_rows, run.work / "checkpoints"
+    )
     trainer.add_callback(Reporter(report, stop))
     report("phase", phase="training")
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
@@ -173,6 +175,7 @@ def _with_adapter(model: Any, spec: Spec) -> PeftModel:
 def _trainer(
     model: PeftModel,
     spec: Spec,
+    total_steps: int,
     precision: Precision,
     contract: Contract,
     train_rows: list[Any],
@@ -200,7 +203,7 @@ def _trainer(
             gradient_accumulation_steps=training.effective_batch_size // training.batch_size,
             learning_rate=training.learning_rate,
             lr_scheduler_type=training.scheduler,
-            warmup_steps=training.warmup_ratio,
+            warmup_steps=int(total_steps * training.warmup_ratio),
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             neftune_noise_alpha=training.neftune_alpha,

@@ -1,0 +1,94 @@
+from typing import Any
+
+import pytest
+
+from core.control import adapters, attempts, datasets, jobs
+from core.control.db import Sessions
+from core.control.tables import Dataset
+from core.errors import Conflict, GraftError, NotFound
+from tests.control import rows
+
+
+@pytest.fixture
+def project_id(sessions: Sessions) -> str:
+    return rows.project(sessions)
+
+
+def use_it(sessions: Sessions, project_id: str, dataset: Dataset, how: str) -> str:
+    fields: dict[str, Any] = {"dataset_id": dataset.id}
+    if how == "validation":
+        fields = {"spec": {**rows.SPEC, "validation": {"dataset_id": dataset.id, "fraction": None}}}
+    return rows.job(sessions, project_id, **fields).id
+
+
+@pytest.mark.parametrize("how", ["training", "validation"])
+def test_a_data_set_in_use_is_kept_until_its_job_has_ended(
+    sessions: Sessions, project_id: str, how: str
+) -> None:
+    dataset = rows.dataset(sessions, project_id)
+    job_id = use_it(sessions, project_id, dataset, how)
+    for status in ("queued", "running"):
+        with pytest.raises(Conflict) as caught, sessions.begin() as session:
+            datasets.delete(session, project_id, dataset.id)
+        assert caught.value.code == "dataset_in_use"
+        assert job_id in caught.value.message
+        assert status in caught.value.message
+        if status == "queued":
+            fence = rows.claimed(sessions, job_id).fence
+    with sessions.begin() as session:
+        attempts.fail(session, job_id, fence, GraftError("broken", "It broke."))
+    with sessions.begin() as session:
+        datasets.delete(session, project_id, dataset.id)
+    with pytest.raises(NotFound), sessions() as session:
+        datasets.get(session, project_id, dataset.id)
+
+
+def test_another_data_sets_job_does_not_hold_this_one(sessions: Sessions, project_id: str) -> None:
+    one, two = rows.dataset(sessions, project_id), rows.dataset(sessions, project_id)
+    rows.job(sessions, project_id, dataset_id=one.id)
+    with sessions.begin() as session:
+        datasets.delete(session, project_id, two.id)
+
+
+def test_a_foreign_projects_rows_are_not_found(sessions: Sessions, project_id: str) -> None:
+    other = rows.project(sessions, "theirs")
+    dataset, job = rows.dataset(sessions, other), rows.job(sessions, other)
+    made = rows.adapter(other)
+    with sessions.begin() as session:
+        session.add(made)
+    with sessions() as session:
+        for look in (
+            lambda: datasets.get(session, project_id, dataset.id),
+            lambda: datasets.delete(session, project_id, dataset.id),
+            lambda: jobs.get(session, project_id, job.id),
+            lambda: jobs.cancel(session, project_id, job.id),
+            lambda: jobs.remove(session, project_id, job.id),
+            lambda: adapters.get(session, project_id, made.id),
+            lambda: adapters.delete(session, project_id, made.id),
+        ):
+            with pytest.raises(NotFound):
+                look()
+        assert datasets.page(session, project_id, limit=10, after=None) == []
+        assert adapters.page(session, project_id, limit=10, after=None) == []
+
+
+def test_pages_are_newest_first_and_tell_of_more(sessions: Sessions, project_id: str) -> None:
+    made = [rows.dataset(sessions, project_id).id for _ in range(5)][::-1]
+    with sessions() as session:
+        first = [row.id for row in datasets.page(session, project_id, limit=2, after=None)]
+        assert first == made[:3]
+        second = [row.id for row in datasets.page(session, project_id, limit=2, after=made[1])]
+        assert second == made[2:5]
+        assert [row.id for row in datasets.page(session, project_id, limit=2, after=made[3])] == made[4:]
+
+
+def test_json_and_times_come_back_as_they_went_in(sessions: Sessions, project_id: str) -> None:
+    mapping = {"messages": [{"role": "user", "content": "été 東京 {a}"}], "none": None, "n": 1.5}
+    dataset = rows.dataset(sessions, project_id, mapping=mapping, columns=["b", "a"], bytes=2**40)
+    with sessions() as session:
+        again = datasets.get(session, project_id, dataset.id)
+    assert (again.mapping, again.columns, again.bytes) == (mapping, ["b", "a"], 2**40)
+    assert again.created_at == dataset.created_at
+    assert again.created_at.utcoffset() is not None
+    reading = datasets.reading(again, 100)
+    assert (reading.file_type, reading.mapping, reading.line_max_bytes) == ("jsonl", mapping, 100)

@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.hashes import sha256
+from core.ml.training import checkpoints
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "checkpoint-5"
+    made.mkdir()
+    for name in checkpoints.REQUIRED:
+        (made / name).write_bytes(name.encode() * 100)
+    (made / "adapter_config.json").write_text("{}")
+    return made
+
+
+def sealed(folder: Path) -> list[dict[str, Any]]:
+    return [dict(info) for info in checkpoints.seal(folder, 5)]
+
+
+def test_a_sealed_checkpoint_is_whole_and_lists_every_file(folder: Path) -> None:
+    files = sealed(folder)
+    assert {info["path"] for info in files} == {*checkpoints.REQUIRED, "adapter_config.json"}
+    assert {info["path"]: info["bytes"] for info in files}["optimizer.pt"] == len("optimizer.pt") * 100
+    assert checkpoints.is_whole(folder, files)
+    assert json.loads((folder / checkpoints.MANIFEST).read_text()) == {"step": 5, "files": files}
+
+
+@pytest.mark.parametrize("name", checkpoints.REQUIRED)
+def test_one_flipped_bit_is_seen(folder: Path, name: str) -> None:
+    files = sealed(folder)
+    content = bytearray((folder / name).read_bytes())
+    content[50] ^= 1
+    (folder / name).write_bytes(content)
+    assert not checkpoints.is_whole(folder, files)
+
+
+def test_a_cut_file_is_seen(folder: Path) -> None:
+    files = sealed(folder)
+    with (folder / "optimizer.pt").open("r+b") as file:
+        file.truncate(10)
+    assert not checkpoints.is_whole(folder, files)
+
+
+def test_a_missing_file_is_seen(folder: Path) -> None:
+    files = sealed(folder)
+    (folder / "rng_state.pth").unlink()
+    assert not checkpoints.is_whole(folder, files)
+
+
+@pytest.mark.parametrize("name", ["extra.bin", "deeper/extra.bin"])
+def test_an_added_file_is_seen(folder: Path, name: str) -> None:
+    files = sealed(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"")
+    assert not checkpoints.is_whole(folder, files)
+
+
+def test_a_renamed_file_is_seen(folder: Path) -> None:
+    files = sealed(folder)
+    (folder / "scheduler.pt").rename(folder / "scheduler2.pt")
+    assert not checkpoints.is_whole(folder, files)
+
+
+def test_a_manifest_cannot_vouch_for_forged_files(folder: Path) -> None:
+    files = sealed(folder)
+    (folder / "optimizer.pt").write_bytes(b"forged")
+    manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
+    for info in manifest["files"]:
+        if info["path"] == "optimizer.pt":
+            info |= {"bytes": 6, "sha256": sha256(folder / "optimizer.pt")}
+    (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    assert not checkpoints.is_whole(folder, files)
+
+
+def test_sealing_again_changes_nothing(folder: Path) -> None:
+    assert sealed(folder) == sealed(folder)
+
+
+@pytest.mark.parametrize("name", checkpoints.REQUIRED)
+def test_a_checkpoint_that_could_not_be_resumed_is_not_sealed(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(RuntimeError, match=name):
+        checkpoints.seal(folder, 5)
+    assert not (folder / checkpoints.MANIFEST).exists()
+
+
+def test_pickles_and_what_is_not_needed_are_left_out(folder: Path) -> None:
+    for name in ("training_args.bin", "tokenizer.json"):
+        (folder / name).write_bytes(b"x")
+    assert not {"training_args.bin", "tokenizer.json"} & {info["path"] for info in sealed(folder)}
+    assert not (folder / "training_args.bin").exists()

@@ -1,0 +1,146 @@
+"""Rows to token ids and labels."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import BadRequest
+from core.ml import prompts
+from core.ml.formats.validate import Reading
+from core.ml.prompts import Contract, LossOn
+from core.ml.training import data
+from core.ml.training.config import Training
+from core.ml.training.data import Tokenised
+from core.ml.training.run import Source
+
+
+@pytest.fixture(scope="module")
+def contract(tiny_model: Path) -> Contract:
+    return prompts.load(tiny_model)
+
+
+def source(folder: Path, pairs: list[tuple[str, str]]) -> Source:
+    file = folder / "data"
+    # A blank line before each row: line numbers are those of the file.
+    file.write_text("".join(f"\n{json.dumps({'prompt': a, 'completion': b})}\n" for a, b in pairs))
+    return Source(file, Reading("jsonl", "prompt_completion", None, 1_000_000))
+
+
+def tokenise(
+    rows: Source, contract: Contract, *, loss_on: LossOn = "assistant", context: int = 512, **training: Any
+) -> Tokenised:
+    return data.tokenise(rows, contract, loss_on=loss_on, context=context, training=Training(**training))
+
+
+def test_labels_are_the_trained_tokens_alone(contract: Contract, tmp_path: Path) -> None:
+    made = tokenise(source(tmp_path, [("Hi", "Hello")]), contract)
+    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    encoded = prompts.encode(contract, conversation)
+    (example,) = made.examples
+    assert example["input_ids"] == encoded.ids
+    assert [label != -100 for label in example["labels"]] == encoded.trained
+    kept = [label for label in example["labels"] if label != -100]
+    assert prompts.text_of(contract, kept) == "Hello<|im_end|>\n"
+    assert (made.longest, made.trained_tokens, made.dropped) == (len(encoded.ids), len(kept), [])
+
+
+def test_too_long_rows_are_an_error_with_their_lines(contract: Contract, tmp_path: Path) -> None:
+    rows = source(tmp_path, [("a", "b"), ("x" * 500, "b"), ("a", "c"), ("y" * 500, "b")])
+    with pytest.raises(BadRequest) as caught:
+        tokenise(rows, contract, max_length=64)
+    assert (caught.value.code, caught.value.param) == ("row_too_long", "training.max_length")
+    assert caught.value.message == "2 rows are longer than 64 tokens (lines 4, 8)."
+
+
+def test_too_long_rows_are_dropped_on_request_and_named(contract: Contract, tmp_path: Path) -> None:
+    rows = source(tmp_path, [("a", "b"), ("x" * 500, "b"), ("a", "c"), ("y" * 500, "b")])
+    made = tokenise(rows, contract, max_length=64, overlength="drop")
+    assert (made.dropped, len(made.examples)) == ([4, 8], 2)
+    assert made.longest <= 64
+
+
+def test_a_row_as_long_as_the_limit_is_kept_whole(contract: Contract, tmp_path: Path) -> None:
+    rows = source(tmp_path, [("some words", "b")])
+    length = tokenise(rows, contract).longest
+    assert tokenise(rows, contract, max_length=length).longest == length
+    with pytest.raises(BadRequest, match="1 rows are longer"):
+        tokenise(rows, contract, max_length=length - 1)
+
+
+def test_without_a_limit_the_models_context_is_it(contract: Contract, tmp_path: Path) -> None:
+    rows = source(tmp_path, [("x" * 200, "b")])
+    assert tokenise(rows, contract, context=512).longest > 100
+    with pytest.raises(BadRequest) as caught:
+        tokenise(rows, contract, context=100)
+    assert caught.value.code == "row_too_long"
+
+
+def test_a_limit_beyond_the_context_is_refused(contract: Contract, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest) as caught:
+        tokenise(source(tmp_path, [("a", "b")]), contract, context=512, max_length=513)
+    assert caught.value.code == "max_length_too_long"
+
+
+def test_a_data_set_of_which_nothing_is_left_is_refused(contract: Contract, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest) as caught:
+        tokenise(source(tmp_path, [("x" * 200, "b")]), contract, max_length=20, overlength="drop")
+    assert caught.value.code == "no_trained_tokens"
+
+
+# ---- Split
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[tuple[str, str]]:
+    """Forty prompts with three answers each."""
+    return [(f"question {i}", f"answer {j}") for j in range(3) for i in range(40)]
+
+
+def questions(contract: Contract, examples: list[dict[str, list[int]]]) -> set[str]:
+    texts = [prompts.text_of(contract, example["input_ids"]) for example in examples]
+    return {text.split("<|im_end|>")[0] for text in texts}
+
+
+def test_equal_prompts_stay_on_one_side(
+    contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
+) -> None:
+    made = tokenise(source(tmp_path, pairs), contract)
+    train, held_back = data.split(made, 0.25, seed=1)
+    assert len(train) + len(held_back) == 120
+    assert questions(contract, train).isdisjoint(questions(contract, held_back))
+    assert len(train) == 3 * len(questions(contract, train))
+    assert 3 * 4 <= len(held_back) <= 3 * 18
+
+
+def test_the_same_seed_splits_the_same_and_another_seed_does_not(
+    contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
+) -> None:
+    made = tokenise(source(tmp_path, pairs), contract)
+    assert data.split(made, 0.25, seed=1) == data.split(made, 0.25, seed=1)
+    assert data.split(made, 0.25, seed=1) != data.split(made, 0.25, seed=2)
+
+
+def test_a_row_more_does_not_move_the_others(
+    contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
+) -> None:
+    _, before = data.split(tokenise(source(tmp_path, pairs), contract), 0.25, seed=1)
+    _, after = data.split(tokenise(source(tmp_path, [("first", "x"), *pairs]), contract), 0.25, seed=1)
+    assert [example for example in after if example in before] == before
+
+
+def test_a_split_works_with_the_loss_on_every_token(
+    contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
+) -> None:
+    made = tokenise(source(tmp_path, pairs), contract, loss_on="all")
+    train, held_back = data.split(made, 0.25, seed=1)
+    assert len(train) + len(held_back) == 120
+    assert questions(contract, train).isdisjoint(questions(contract, held_back))
+
+
+def test_a_split_that_leaves_one_side_empty_is_refused(contract: Contract, tmp_path: Path) -> None:
+    made = tokenise(source(tmp_path, [("only", "one")]), contract)
+    with pytest.raises(BadRequest) as caught:
+        data.split(made, 0.5, seed=1)
+    assert (caught.value.code, caught.value.param) == ("validation_empty", "validation.fraction")

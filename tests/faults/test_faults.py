@@ -1,0 +1,217 @@
+"""Kills, outages and full disks in the middle of a job, on a service of real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from graft_client.client import ApiError, Client
+from tests.conftest import Valkey
+from tests.e2e.conftest import MESSAGES, tiny_environment
+from tests.service import Service
+
+# Long enough to be hit in the middle, short enough to wait for.
+SLOW = {
+    "training": {"max_steps": 60, "learning_rate": 0.01, "effective_batch_size": 4},
+    "checkpoints": {"every_steps": 5},
+    "seed": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Service]:
+    made = Service(tmp_path_factory.mktemp("faults") / "home", tiny_environment(tiny_model))
+    try:
+        yield made.start()
+    finally:
+        made.stop()
+
+
+@pytest.fixture(scope="module")
+def dataset(service: Service, tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in MESSAGES))
+    with service.client() as client:
+        return str(client.upload(file)["id"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(service: Service, dataset: str) -> dict:
+    """The same job with nothing in its way: what every disturbed one must come to."""
+    with service.client() as client:
+        *_, job = client.watch(client.create_job({"dataset_id": dataset, **SLOW})["id"])
+    assert job["status"] == "succeeded", service.logs()
+    return job
+
+
+def wait_until(true: Callable[[], object], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.05)
+
+
+def weights(client: Client, job: dict) -> str:
+    adapter = next(row for row in client.adapters(100) if row["id"] == job["adapter_id"])
+    return str(
+        next(file["sha256"] for file in adapter["files"] if file["path"] == "adapter_model.safetensors")
+    )
+
+
+def start_and_reach(client: Client, dataset: str, step: int) -> str:
+    job_id = str(client.create_job({"dataset_id": dataset, **SLOW})["id"])
+    wait_until(lambda: client.job(job_id)["progress"]["step"] >= step, f"step {step}")
+    assert client.job(job_id)["status"] == "running"
+    return job_id
+
+
+def trainer_of(service: Service) -> int:
+    """The process that trains: a child of the fork server, itself a child of the worker."""
+    (worker,) = service.pids("celery", "worker.main")
+    found = []
+    for child in children(worker):
+        found += children(child)
+    (trainer,) = found
+    return trainer
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task")
+    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+
+
+@pytest.mark.parametrize("victim", ["worker", "trainer"])
+def test_killed_in_the_middle_it_goes_on_to_the_same_weights(
+    service: Service, dataset: str, undisturbed: dict, victim: str
+) -> None:
+    with service.client() as client:
+        job_id = start_and_reach(client, dataset, 17)
+        trainer = trainer_of(service)
+        (worker,) = service.pids("celery", "worker.main")
+        os.kill(worker if victim == "worker" else trainer, signal.SIGKILL)
+        killed = time.monotonic()
+        wait_until(lambda: not Path(f"/proc/{trainer}").exists(), "the trainer ends with its worker", 5)
+        *_, job = client.watch(job_id)
+        assert job["status"] == "succeeded", (job["error"], service.logs())
+        assert job["attempt"] == 2
+        kinds = [event["type"] for event in client.events(job_id)]
+        assert "crashed" in kinds
+        resumed = next(event for event in client.events(job_id) if event["type"] == "resumed")
+        assert resumed["data"]["step"] >= 10
+        assert weights(client, job) == weights(client, undisturbed)
+        assert job["metrics"]["train_loss"] == pytest.approx(undisturbed["metrics"]["train_loss"], abs=1e-9)
+    assert time.monotonic() - killed < 90
+    assert not any((service.home / "runs").glob("*/*/checkpoints"))
+
+
+def test_shutdown_in_the_middle_counts_as_no_crash(service: Service, dataset: str, undisturbed: dict) -> None:
+    with service.client() as client:
+        job_id = start_and_reach(client, dataset, 8)
+    assert service.stop() == 0
+    service.start()
+    with service.client() as client:
+        *_, job = client.watch(job_id)
+        kinds = [event["type"] for event in client.events(job_id)]
+        assert job["status"] == "succeeded", (job["error"], service.logs())
+        assert "released" in kinds
+        assert "crashed" not in kinds
+        assert weights(client, job) == weights(client, undisturbed)
+
+
+def test_cancel_ends_a_running_job_and_leaves_no_adapter(service: Service, dataset: str) -> None:
+    with service.client() as client:
+        before = len(client.adapters(100))
+        job_id = start_and_reach(client, dataset, 3)
+        client.cancel(job_id)
+        asked = time.monotonic()
+        *_, job = client.watch(job_id, every=0.1)
+        assert job["status"] == "cancelled"
+        assert time.monotonic() - asked < 15
+        assert client.cancel(job_id)["status"] == "cancelled"
+        assert len(client.adapters(100)) == before
+        assert job["adapter_id"] is None
+
+
+def test_a_deleted_data_set_cannot_vanish_under_a_job(service: Service, dataset: str) -> None:
+    with service.client() as client:
+        job_id = start_and_reach(client, dataset, 1)
+        with pytest.raises(ApiError) as caught:
+            client._call("DELETE", f"/datasets/{dataset}")
+        assert caught.value.code == "dataset_in_use"
+        client.cancel(job_id)
+        *_, _ = client.watch(job_id)
+
+
+def test_wrong_module_names_fail_the_job_with_the_right_ones(service: Service, dataset: str) -> None:
+    with service.client() as client:
+        body = {"dataset_id": dataset, "lora": {"target_modules": ["q_prj"]}, "training": {"max_steps": 1}}
+        *_, job = client.watch(client.create_job(body)["id"])
+    assert job["status"] == "failed"
+    assert job["error"]["code"] == "unknown_target_modules"
+    assert "q_proj" in job["error"]["hint"]
+
+
+def test_broker_down_at_post(tmp_path: Path, tiny_model: Path, valkey: Valkey) -> None:
+    """201 at once, and the job runs when the broker is back."""
+    service = Service(
+        tmp_path / "home", {**tiny_environment(tiny_model), "GRAFT_BROKER_URL": valkey.url}
+    ).start()
+    try:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join(json.dumps(row) + "\n" for row in MESSAGES[:8]))
+        with service.client() as client:
+            dataset = client.upload(rows)["id"]
+            valkey.stop()
+            posted = time.monotonic()
+            job_id = client.create_job({"dataset_id": dataset, "training": {"max_steps": 1}})["id"]
+            assert time.monotonic() - posted < 1
+            time.sleep(3)
+            assert client.job(job_id)["status"] == "queued"
+            valkey.start()
+            wait_until(lambda: client.job(job_id)["status"] == "succeeded", "the job runs", 90)
+    finally:
+        service.stop()
+
+
+def test_disk_full_while_saving(tmp_path: Path, tiny_model: Path) -> None:
+    """The job fails with storage_full, the checkpoints before it are whole, and the service lives."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    service = Service(tmp_path / "home", {**tiny_environment(tiny_model), "GRAFT_STORAGE_URL": str(small)})
+    try:
+        service.start()
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join(json.dumps(row) + "\n" for row in MESSAGES))
+        with service.client() as client:
+            dataset = client.upload(rows)["id"]
+            body = {"dataset_id": dataset, **SLOW, "checkpoints": {"every_steps": 2, "keep": 100}}
+            *_, job = client.watch(client.create_job(body)["id"])
+            assert job["status"] == "failed"
+            assert job["error"]["code"] == "storage_full"
+            kept = client._call("GET", f"/jobs/{job['id']}/checkpoints")["data"]
+            assert kept
+            folders = list((small / "jobs" / job["id"] / "checkpoints").iterdir())
+            assert len(folders) == len(kept)
+            for row in kept:
+                (folder,) = [f for f in folders if f.name.endswith(f"-{row['step']}")]
+                assert sum(f.stat().st_size for f in folder.iterdir()) == row["bytes"]
+            assert not list(small.rglob("*.part"))
+            assert client.ready()
+            client._call("DELETE", f"/jobs/{job['id']}")
+            *_, after = client.watch(
+                client.create_job({"dataset_id": dataset, "training": {"max_steps": 1}})["id"]
+            )
+            assert after["status"] == "succeeded"
+    finally:
+        service.stop()
+        subprocess.run(["umount", str(small)], check=True)

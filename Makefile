@@ -30,7 +30,7 @@ up: install ## start the service and keep it running
 	$(BIN)/graft up
 
 demo: install ## run the main job on the example data, with live progress
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: install ## run the tests
 	$(BIN)/pytest

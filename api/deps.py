@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 
 from api.engine import Engine
 from core.control import db, projects, queue
@@ -40,11 +40,15 @@ ServicesDep = Annotated[Services, Depends(_services)]
 _bearer = HTTPBearer(auto_error=False, description="An API key: gr_…")
 
 
-def _caller(
-    services: ServicesDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> Caller:
-    if credentials is None:
+def authenticate(request: Request) -> Caller:
+    """Whose key the request carries.
+
+    Raises:
+        GraftError: `missing_key` or `invalid_key`, 401.
+    """
+    services = _services(request)
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key:
         raise GraftError(
             "missing_key",
             "This request carries no API key.",
@@ -52,9 +56,19 @@ def _caller(
             hint="Send the header: Authorization: Bearer <key>. The first key lies in admin.key in the home folder.",
         )
     with db.reading(services.sessions) as session:
-        caller = projects.authenticate(session, credentials.credentials)
+        caller = projects.authenticate(session, key.strip())
     if caller is None:
         raise GraftError("invalid_key", "This API key does not exist or was revoked.", status=401)
+    if caller.use_is_news:
+        with services.sessions.begin() as session:
+            projects.note_use(session, caller.key_id)
+    return caller
+
+
+def _caller(request: Request, _key: Annotated[object, Depends(_bearer)]) -> Caller:
+    """The caller that the route found before it read the body."""
+    caller = request.state.caller
+    assert isinstance(caller, Caller)  # noqa: S101 - StrictRoute put it there
     return caller
 
 

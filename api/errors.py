@@ -1,7 +1,7 @@
 """Any error becomes the one JSON body."""
 
 import logging
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +14,8 @@ from core.errors import GraftError, nearest
 
 logger = logging.getLogger(__name__)
 
+# As many problems as one answer names.
+_LISTED = 50
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -45,7 +47,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(DatabaseUnavailable, _database_error)
-    app.add_exception_handler(Exception, _any_error)
 
 
 def _graft_error(_request: Request, error: Exception) -> JSONResponse:
@@ -55,6 +56,8 @@ def _graft_error(_request: Request, error: Exception) -> JSONResponse:
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101
+    if isinstance(error.__cause__, GraftError):  # raised while FastAPI read the body
+        return render(error.__cause__)
     if error.status_code == 404:
         return render(
             GraftError(
@@ -91,13 +94,12 @@ def _database_error(_request: Request, error: Exception) -> JSONResponse:
     )
 
 
-def _any_error(_request: Request, error: Exception) -> JSONResponse:
-    logger.error("unexpected error", exc_info=error)
-    return render(
-        GraftError(
-            "internal_error",
-            "Something went wrong inside Graft; the log has the details under this request id.",
-        )
+def unexpected(error: Exception) -> GraftError:
+    """What a client is told of an error that nobody foresaw."""
+    if isinstance(error, GraftError):
+        return error
+    return GraftError(
+        "internal_error", "Something went wrong inside Graft; the log has the details under this request id."
     )
 
 
@@ -106,7 +108,15 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     body = getattr(request.scope.get("route"), "body_field", None)
     model = body.field_info.annotation if body is not None else None
-    problems = [_problem(item, model) for item in error.errors()]
+    found: dict[str, dict[str, Any]] = {}
+    for item in error.errors():
+        problem = _problem(item, model)
+        if earlier := found.get(problem["field"]):
+            # The branches of a union: one of them would have been enough.
+            earlier["message"] = earlier["message"].rstrip(".") + ", or " + problem["text"] + "."
+        else:
+            found[problem["field"]] = problem
+    problems = [{k: v for k, v in problem.items() if k != "text"} for problem in found.values()]
     first = problems[0]
     return render(
         GraftError(
@@ -115,36 +125,58 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
             status=422,
             param=first["field"],
             hint=first["hint"],
-            errors=problems,
+            errors=problems[:_LISTED],
             error_count=len(problems),
         )
     )
 
 
 def _problem(item: dict[str, Any], model: Any) -> dict[str, Any]:
-    place = [part for part in item["loc"] if part not in ("body", "query", "path", "header")]
-    field = ".".join(str(part) for part in place) or "body"
-    hint = None
+    place = _place(list(item["loc"]), model)
+    field = ".".join(part[:60] for part in place) or "body"
+    text, hint = str(item["msg"]).removeprefix("Value error, "), None
+    text = text[0].lower() + text[1:]
+    message = f'The field "{field}": {text}.'
     if item["type"] == "extra_forbidden":
         message = f'There is no field "{field}".'
-        if near := nearest(str(place[-1]), _fields_at(model, place[:-1])):
-            hint = f'Did you mean "{".".join([*map(str, place[:-1]), near])}"?'
+        if near := nearest(place[-1], _fields_at(model, place[:-1])):
+            hint = f'Did you mean "{".".join([*place[:-1], near])}"?'
     elif item["type"] == "missing":
         message = f'The field "{field}" is missing.'
     elif item["type"] == "json_invalid":
         message = "The request body is not valid JSON."
-    else:
-        text = str(item["msg"]).removeprefix("Value error, ")
-        message = f'The field "{field}": {text[0].lower() + text[1:]}.'
-    return {"field": field, "code": item["type"], "message": message, "hint": hint}
+    return {"field": field, "code": item["type"], "message": message, "hint": hint, "text": text}
 
 
-def _fields_at(model: Any, place: list[Any]) -> list[str]:
+def _place(location: list[Any], model: Any) -> list[str]:
+    """Where in the request, by the names that a client knows: pydantic adds those of union branches."""
+    where, *rest = location
+    if where != "body":
+        return [str(part) for part in rest]
+    place: list[str] = []
+    for part in rest:
+        annotation = _annotation_at(model, place)
+        if isinstance(part, int) or _model_in(annotation) is not None or get_origin(annotation) is dict:
+            place.append(str(part))
+    return place
+
+
+def _fields_at(model: Any, place: list[str]) -> list[str]:
     """Names of the fields that the request model has at this place."""
+    return list(getattr(_model_in(_annotation_at(model, place)), "model_fields", ()))
+
+
+def _annotation_at(model: Any, place: list[str]) -> Any:
+    annotation = model
     for name in place:
-        field = getattr(model, "model_fields", {}).get(name)
-        if field is None:
-            return []
-        choices = [field.annotation, *get_args(field.annotation)]
-        model = next((choice for choice in choices if hasattr(choice, "model_fields")), None)
-    return list(getattr(model, "model_fields", ()))
+        if not name.isdecimal():
+            field = getattr(_model_in(annotation), "model_fields", {}).get(name)
+            annotation = field.annotation if field is not None else None
+    return annotation
+
+
+def _model_in(annotation: Any) -> Any:
+    """The model in an annotation such as `Lora`, `Validation | None` or `list[Message] | None`."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part)) is not None), None)

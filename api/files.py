@@ -10,9 +10,13 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from api.deps import Services
-from core.errors import GraftError, NotFound
+from api.errors import render
+from core.errors import GraftError
 
 _CHUNK = 1024 * 1024
+_NOWHERE = (-1, -1)
+# No file has a position of more.
+_DIGITS = 18
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
@@ -30,7 +34,6 @@ def respond(
 
     Raises:
         NotFound: `file_missing`.
-        GraftError: `range_not_satisfiable`, 416.
     """
     headers = {
         "etag": f'"{etag}"',
@@ -40,16 +43,17 @@ def respond(
     }
     if modified is not None:
         headers["last-modified"] = format_datetime(modified, usegmt=True)  # type: ignore[arg-type]
-    if headers["etag"] in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if headers["etag"] in known or "*" in known:
         return Response(status_code=304, headers=headers)
-    try:
-        size = services.storage.size(key)
-    except FileNotFoundError as error:
-        raise NotFound("file_missing", "The file is not in the storage any more.") from error
+    size = services.storage.size(key)
     start, end = 0, size
     wanted = request.headers.get("range")
     if wanted and request.headers.get("if-range", headers["etag"]) == headers["etag"]:
         part = _part(wanted, size)
+        if part == _NOWHERE:
+            error = GraftError("range_not_satisfiable", f"The file has {size} bytes.", status=416)
+            return render(error, {"content-range": f"bytes */{size}"})
         if part is not None:
             start, end = part
             headers["content-range"] = f"bytes {start}-{end - 1}/{size}"
@@ -67,13 +71,15 @@ def _part(wanted: str, size: int) -> tuple[int, int] | None:
     if match is None or match.groups() == ("", ""):
         return None
     first, last = match.groups()
+    if max(len(first), len(last)) > _DIGITS:
+        return _NOWHERE
     start, end = (
         (max(size - int(last), 0), size) if not first else (int(first), min(int(last or size), size - 1) + 1)
     )
     if first and last and int(last) < int(first):
         return None
     if start >= size or (not first and last == "0"):
-        raise GraftError("range_not_satisfiable", f"The file has {size} bytes.", status=416)
+        return _NOWHERE
     return start, end
 
 

@@ -8,6 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
+from api.errors import render, unexpected
 from core import log
 
 logger = logging.getLogger("api.access")
@@ -26,9 +27,12 @@ class RequestId:
         request_id = given if _GIVEN.fullmatch(given) else f"req_{ULID()}"
         token = log.request_id.set(request_id)
         started = time.monotonic()
+        started_response = False
 
         async def with_id(message: Message) -> None:
+            nonlocal started_response
             if message["type"] == "http.response.start":
+                started_response = True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
@@ -46,5 +50,10 @@ class RequestId:
 
         try:
             await self.app(scope, receive, with_id)
+        except Exception as error:
+            if started_response:
+                raise
+            logger.exception("unexpected error")
+            await render(unexpected(error))(scope, receive, with_id)
         finally:
             log.request_id.reset(token)

@@ -1,14 +1,15 @@
 """Files and folders under keys, in a directory or an S3 bucket. Keys are made here, never by clients."""
 
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
 
-from core.errors import StorageFull, is_disk_full
+from core.errors import NotFound, StorageFull, is_disk_full
 
 
 class Storage:
@@ -66,19 +67,19 @@ class Storage:
             raise
 
     def get(self, key: str, target: Path) -> None:
+        """Raises NotFound `file_missing`, as `open` and `size` do."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.fs.get_file(self.path(key), str(target))
+        with _found(key):
+            self.fs.get_file(self.path(key), str(target))
 
     def open(self, key: str) -> IO[bytes]:
-        """A seekable stream of the file's bytes.
-
-        Raises:
-            FileNotFoundError: nothing lies under this key.
-        """
-        return cast(IO[bytes], self.fs.open(self.path(key), "rb"))
+        """A seekable stream of the file's bytes."""
+        with _found(key):
+            return cast(IO[bytes], self.fs.open(self.path(key), "rb"))
 
     def size(self, key: str) -> int:
-        return int(self.fs.size(self.path(key)))
+        with _found(key):
+            return int(self.fs.size(self.path(key)))
 
     def delete(self, key: str) -> None:
         """Delete a file or folder; what is not there is deleted already."""
@@ -93,3 +94,11 @@ class Storage:
             root.mkdir(parents=True, exist_ok=True)
         else:
             self.fs.ls(self._fs_root[1].split("/", 1)[0])
+
+
+@contextmanager
+def _found(key: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound("file_missing", f"{key} is not in the storage any more.") from error

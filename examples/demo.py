@@ -20,9 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from text_to_sql.score import score
 
 from cli import show
+from examples.text_to_sql.score import score
 from graft_client.client import ApiError, Client, UnreachableError
 
 HERE = Path(__file__).parent

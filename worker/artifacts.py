@@ -8,7 +8,7 @@ from typing import Any
 
 from core.control import datasets
 from core.control.tables import Adapter, Checkpoint, Dataset, Job, new_id, utcnow
-from core.errors import GraftError
+from core.errors import GraftError, NotFound
 from core.hashes import describe, sha256
 from core.ml.training import checkpoints
 from core.ml.training.run import Source
@@ -33,7 +33,7 @@ def fetch_checkpoint(context: Context, row: Checkpoint, folder: Path) -> bool:
     try:
         for info in row.files:
             context.storage.get(f"{row.key}/{info['path']}", folder / info["path"])
-    except FileNotFoundError:
+    except NotFound:
         return False
     return checkpoints.is_whole(folder, row.files)
 

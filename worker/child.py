@@ -27,7 +27,7 @@ def warm_up() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Look for GPUs without opening them: what is opened before the fork is broken after it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    _CONTEXT.set_forkserver_preload(["worker.trainer"])
+    _CONTEXT.set_forkserver_preload(["worker.preload", "worker.trainer"])
     forkserver.ensure_running()
 
 

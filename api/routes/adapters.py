@@ -34,7 +34,8 @@ def delete(adapter_id: str, services: ServicesDep, caller: CallerDep) -> Deleted
     return Deleted(id=row.id)
 
 
-@router.api_route("/{adapter_id}/download", methods=["GET", "HEAD"])
+@router.head("/{adapter_id}/download", include_in_schema=False)
+@router.get("/{adapter_id}/download")
 def download(adapter_id: str, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """One zip in PEFT's own layout."""
     row = _get(services, caller.project_id, adapter_id)
@@ -49,7 +50,8 @@ def download(adapter_id: str, request: Request, services: ServicesDep, caller: C
     )
 
 
-@router.api_route("/{adapter_id}/files/{path:path}", methods=["GET", "HEAD"])
+@router.head("/{adapter_id}/files/{path:path}", include_in_schema=False)
+@router.get("/{adapter_id}/files/{path:path}")
 def one_file(
     adapter_id: str, path: str, request: Request, services: ServicesDep, caller: CallerDep
 ) -> Response:

@@ -15,12 +15,14 @@ from api.schemas.common import Deleted, Listing
 from api.schemas.datasets import DatasetOut, Preview, PreviewRow, Token
 from core.control import datasets, db
 from core.control.tables import Dataset
-from core.errors import BadRequest, GraftError, StorageFull, is_disk_full
+from core.errors import BadRequest, GraftError, StorageFull, is_disk_full, nearest
 from core.ml import catalogue, prompts
 from core.ml.formats import validate
 from core.ml.prompts import Contract, LossOn, Message
 
 router = APIRouter(prefix="/datasets", tags=["data sets"], route_class=StrictRoute)
+
+_FIELDS = ("file", "name", "format", "mapping")
 
 
 @router.post("", status_code=201)
@@ -28,11 +30,13 @@ def create(
     file: UploadFile,
     services: ServicesDep,
     caller: CallerDep,
-    name: Annotated[str | None, Form(max_length=128)] = None,
+    request: Request,
+    name: Annotated[str | None, Form(max_length=128, pattern=r"^[^\x00-\x1f]*$")] = None,
     format: Annotated[str, Form(max_length=40)] = "auto",  # noqa: A002 - the field's name in the contract
     mapping: Annotated[str | None, Form(max_length=100_000)] = None,
 ) -> DatasetOut:
     """Keep a data set, if every row of it can be trained."""
+    _refuse_unknown(request)
     with tempfile.TemporaryDirectory(dir=services.settings.uploads) as folder:
         path = Path(folder) / "data"
         size, sha256 = _receive(file, path)
@@ -91,7 +95,8 @@ def delete(dataset_id: str, services: ServicesDep, caller: CallerDep) -> Deleted
     return Deleted(id=row.id)
 
 
-@router.api_route("/{dataset_id}/content", methods=["GET", "HEAD"])
+@router.head("/{dataset_id}/content", include_in_schema=False)
+@router.get("/{dataset_id}/content")
 def content(dataset_id: str, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """The file as it was uploaded."""
     row = _get(services, caller.project_id, dataset_id)
@@ -150,6 +155,17 @@ def preview(
             "trained": sum(r.n_trained for r in rows),
         },
     )
+
+
+def _refuse_unknown(request: Request) -> None:
+    """A misspelt form field must not be passed over: FastAPI would."""
+    for field in getattr(request, "_form", None) or ():
+        if field not in _FIELDS:
+            near = nearest(field, _FIELDS)
+            hint = f'Did you mean "{near}"?' if near else None
+            raise BadRequest(
+                "invalid_request", f'There is no field "{field[:60]}".', param=field[:60], hint=hint
+            )
 
 
 def _preview_row(

@@ -84,6 +84,7 @@ def _prepare(
         folder = services.storage.local(f"{row.key}/files")
         path = str(folder) if folder else f"{services.storage.url.rstrip('/')}/{row.key}/files"
         target = Target(row.engine_name, row.base_model, path)
+        services.storage.size(f"{row.key}/files/{prompts.CONTRACT_FILE}")  # or it says what is missing
         contract = prompts.load_cached(folder or _prompt_files(services, row))
         base = catalogue.find(services.catalogue, row.base_model)
     else:

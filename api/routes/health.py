@@ -13,6 +13,8 @@ from core.control import db, workers
 router = APIRouter(prefix="/health", tags=["health"])
 logger = logging.getLogger(__name__)
 
+_PATIENCE_SECONDS = 3.0
+
 
 @router.get("/live")
 def live() -> dict[str, str]:
@@ -24,16 +26,24 @@ async def ready(services: ServicesDep, response: Response) -> dict[str, object]:
     """200 when every part answers, else 503 with the parts that do not."""
     names = ["database", "broker", "storage", "workers", "engine"]
     states = await asyncio.gather(
-        run_in_threadpool(_works, lambda s: db.check(s.sessions), services),
-        run_in_threadpool(_works, lambda s: s.sender.check(), services),
-        run_in_threadpool(_works, lambda s: s.storage.check(), services),
-        run_in_threadpool(_works, _workers, services),
+        _answers(lambda s: db.check(s.sessions), services),
+        _answers(lambda s: s.sender.check(), services),
+        _answers(lambda s: s.storage.check(), services),
+        _answers(_workers, services),
         services.engine.ready(),
     )
     parts = {name: "ok" if state else "down" for name, state in zip(names, states, strict=True)}
     up = all(states)
     response.status_code = 200 if up else 503
     return {"status": "ok" if up else "starting or broken", "parts": parts}
+
+
+async def _answers(check: Callable[[Services], None], services: Services) -> bool:
+    """Whether a part works; one that does not say so in time does not."""
+    try:
+        return await asyncio.wait_for(run_in_threadpool(_works, check, services), _PATIENCE_SECONDS)
+    except TimeoutError:
+        return False
 
 
 def _works(check: Callable[[Services], None], services: Services) -> bool:

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from api.deps import CallerDep, PageDep, Services, ServicesDep
 from api.requests import StrictRoute
 from api.schemas.common import Deleted, Listing
-from api.schemas.jobs import CheckpointOut, EventOut, JobCreate, JobOut
+from api.schemas.jobs import LABEL, CheckpointOut, EventOut, JobCreate, JobOut
 from core.control import datasets, db, events, jobs
 from core.control.db import AlreadyThere
 from core.control.tables import FINISHED, Job, JobStatus
@@ -92,6 +93,8 @@ def list_(
         for name, value in request.query_params.items()
         if name.startswith("metadata[") and name.endswith("]")
     }
+    if any(re.fullmatch(LABEL, name) is None for name in labels):
+        return Listing(data=[], has_more=False)  # no job can have such a name
     with db.reading(services.sessions) as session:
         rows = jobs.page(
             session,
@@ -133,7 +136,7 @@ def list_events(
     services: ServicesDep,
     caller: CallerDep,
     page: PageDep,
-    last_event_id: Annotated[int | None, Header(ge=0)] = None,
+    last_event_id: Annotated[int | None, Header(ge=0, lt=2**63)] = None,
 ) -> Any:
     """Newest first; with `Accept: text/event-stream` as they happen, after `Last-Event-ID`."""
     with db.reading(services.sessions) as session:
@@ -144,7 +147,7 @@ def list_events(
                 media_type="text/event-stream",
                 headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             )
-        if page.after is not None and not page.after.isdecimal():
+        if page.after is not None and not (page.after.isdecimal() and len(page.after) <= 18):
             raise BadRequest(
                 "invalid_request", 'The field "after" must be the id of an event.', param="after"
             )

@@ -3,11 +3,12 @@
 from fastapi import APIRouter
 
 from api.deps import CallerDep, ServicesDep
+from api.requests import StrictRoute
 from api.schemas.adapters import ModelOut
 from api.schemas.common import Listing
 from core.ml import catalogue
 
-router = APIRouter(prefix="/models", tags=["models"])
+router = APIRouter(prefix="/models", tags=["models"], route_class=StrictRoute)
 
 
 @router.get("")

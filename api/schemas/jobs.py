@@ -9,6 +9,8 @@ from api.schemas.common import Request
 from core.control.tables import Checkpoint, Job, JobEvent, JobStatus
 from core.ml.training.config import Spec
 
+# Names of metadata: what both databases can look up by.
+LABEL = r"^[\w.:/ -]+$"
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
@@ -33,7 +35,7 @@ class JobCreate(Spec):
     name: Name | None = None
     validation: Validation | None = None
     metadata: dict[
-        Annotated[str, StringConstraints(max_length=64)],
+        Annotated[str, StringConstraints(max_length=64, pattern=LABEL)],
         Annotated[str, StringConstraints(max_length=512)],
     ] = Field({}, max_length=16)
 

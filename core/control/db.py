@@ -1,8 +1,10 @@
 """Engine, sessionmaker and the database's own clock. A transaction is a visible `with` block."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -32,12 +34,20 @@ AlreadyThere = IntegrityError
 def connect(url: str) -> Sessions:
     """A sessionmaker on SQLite (WAL) or Postgres. Nothing is opened before the first use."""
     if url.startswith("sqlite"):
-        engine = create_engine(url, connect_args={"timeout": 30, "isolation_level": None})
+        engine = create_engine(
+            url, json_serializer=_json, connect_args={"timeout": 30, "isolation_level": None}
+        )
         event.listen(engine, "connect", _sqlite_connect)
         event.listen(engine, "begin", _sqlite_begin)
     else:
-        engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+        engine = create_engine(
+            url, json_serializer=_json, pool_pre_ping=True, connect_args={"connect_timeout": 5}
+        )
     return sessionmaker(engine, expire_on_commit=False)
+
+
+# SQLite looks names up in the text itself, so they stand in it as they are.
+_json = partial(json.dumps, ensure_ascii=False)
 
 
 def engine_of(sessions: Sessions) -> Engine:

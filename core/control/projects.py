@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from sqlalchemy import select
@@ -26,6 +26,7 @@ class Caller:
     key_id: str
     project_id: str
     role: Role
+    use_is_news: bool = field(default=False, compare=False)
 
 
 def authenticate(session: Session, key: str) -> Caller | None:
@@ -35,13 +36,13 @@ def authenticate(session: Session, key: str) -> Caller | None:
     digest = _digest(match.group(2) if match else "")
     if row is None or not hmac.compare_digest(row.digest, digest) or row.revoked_at is not None:
         return None
-    return Caller(row.id, row.project_id, row.role)
+    return Caller(row.id, row.project_id, row.role, use_is_news=_is_news(row))
 
 
 def note_use(session: Session, key_id: str) -> None:
     """Remember when a key was last used, to the minute."""
     row = session.get_one(ApiKey, key_id)
-    if row.last_used_at is None or utcnow() - row.last_used_at > _USED_EVERY:
+    if _is_news(row):
         row.last_used_at = utcnow()
 
 
@@ -116,6 +117,10 @@ def revoke_key(session: Session, key_id: str, caller: Caller) -> ApiKey:
 
 def new_key() -> str:
     return f"gr_{secrets.token_hex(6)}_{secrets.token_urlsafe(32)}"
+
+
+def _is_news(row: ApiKey) -> bool:
+    return row.last_used_at is None or utcnow() - row.last_used_at > _USED_EVERY
 
 
 def _digest(secret: str) -> str:

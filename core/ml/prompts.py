@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from core.errors import BadRequest
@@ -38,10 +39,14 @@ class Contract:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a conversation; `trained[i]` says whether the loss counts token i."""
+    """Token ids of a conversation; `trained[i]` says whether the loss counts token i.
+
+    `prompt` counts the tokens before the first answer that `loss_on` is about.
+    """
 
     ids: list[int]
     trained: list[bool]
+    prompt: int
 
 
 def load(folder: Path) -> Contract:
@@ -103,10 +108,11 @@ def encode(contract: Contract, messages: Sequence[Message], *, loss_on: LossOn =
         BadRequest: `template_not_stable`, `double_bos` or `template_error`.
     """
     ids = _apply(contract, messages, answer_next=False)
-    if loss_on == "all":
-        return Encoded(ids, [True] * len(ids))
-    trained = [False] * len(ids)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if loss_on == "all":
+        prompt = len(_apply(contract, messages[: turns[0]], answer_next=True)) if turns else len(ids)
+        return Encoded(ids, [True] * len(ids), prompt)
+    trained = [False] * len(ids)
     for turn in turns if loss_on == "assistant" else turns[-1:]:
         before = _apply(contract, messages[:turn], answer_next=True)
         after = (
@@ -121,7 +127,7 @@ def encode(contract: Contract, messages: Sequence[Message], *, loss_on: LossOn =
                 hint="Use conversations that end with this turn, or another base model.",
             )
         trained[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return Encoded(ids, trained)
+    return Encoded(ids, trained, next((i for i, on in enumerate(trained) if on), len(ids)))
 
 
 def encode_prompt(contract: Contract, messages: Sequence[Message]) -> list[int]:
@@ -159,7 +165,7 @@ def _apply(contract: Contract, messages: Sequence[Message], *, answer_next: bool
             # Control tokens inside what people wrote stay text: nobody can forge a turn.
             sanitize_control_tokens=True,
         )["input_ids"]
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise BadRequest("template_error", f"The chat template refuses this conversation: {error}") from error
     bos = contract.tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:

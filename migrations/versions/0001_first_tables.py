@@ -283,3 +283,5 @@ def downgrade() -> None:
     op.drop_table("projects")
     op.drop_table("leases")
     # ### end Alembic commands ###
+    for name in ("role", "jobstatus"):
+        sa.Enum(name=name).drop(op.get_bind(), checkfirst=True)

@@ -1,8 +1,10 @@
 """The whole API in this process: real database, real files, no worker and no engine."""
 
 import json
+import logging
 import re
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -108,6 +110,9 @@ def building(
     database_url: str, folder: Path, tiny_model: Path, closed_port: int
 ) -> Iterator[Callable[..., Api]]:
     """Builds an API over a fresh database; keywords are settings."""
+    root = logging.getLogger()
+    # What the app sets for its whole process must not outlive the test.
+    before = root.handlers[:], root.level, tempfile.tempdir
     with ExitStack() as stack:
 
         def build(**changes: Any) -> Api:
@@ -133,6 +138,7 @@ def building(
             return Api(app, _with_key(app, ADMIN_KEY), _with_key(app, foreign), nobody, ours)
 
         yield build
+    root.handlers[:], root.level, tempfile.tempdir = before
 
 
 @pytest.fixture

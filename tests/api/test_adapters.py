@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,7 @@ def test_every_listed_file_can_be_had(api: Api, adapter: Adapter) -> None:
         "x/../adapter_config.json%20",
     ],
 )
+@only_sqlite
 def test_no_path_leads_out_of_the_adapter(api: Api, adapter: Adapter, path: str) -> None:
     answer = api.client.get(f"/adapters/{adapter.id}/files/{path}")
     if answer.request.url.path == f"/adapters/{adapter.id}/files/adapter_config.json":
@@ -154,6 +156,7 @@ def test_an_adapter_whose_files_are_gone_says_so(api: Api, adapter: Adapter) -> 
 # ---- Generation
 
 
+@only_sqlite
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("what", ["base", "adapter"])
 def test_without_an_engine_generation_is_unavailable(
@@ -267,6 +270,14 @@ def test_ready_sees_the_broker_and_the_workers(make_api: Callable[..., Api], val
     assert (parts["broker"], parts["workers"], parts["engine"]) == ("ok", "ok", "down")
     valkey.stop()
     assert api.nobody.get("/health/ready").json()["parts"]["broker"] == "down"
+
+
+@only_sqlite
+def test_ready_answers_soon_where_no_bucket_does(make_api: Callable[..., Api]) -> None:
+    silent = make_api(storage_url="s3://graft", s3_endpoint_url="http://127.0.0.1:9")
+    started = time.monotonic()
+    assert silent.nobody.get("/health/ready").json()["parts"]["storage"] == "down"
+    assert time.monotonic() - started < 4
 
 
 @only_sqlite

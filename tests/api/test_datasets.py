@@ -59,6 +59,7 @@ def test_an_uploaded_data_set_says_what_is_in_it(api: Api) -> None:
         ),
     ],
 )
+@only_sqlite
 def test_every_format_can_be_uploaded(
     api: Api, content: bytes, form: dict[str, str], format_: str, columns: list[str]
 ) -> None:
@@ -130,6 +131,7 @@ def test_an_upload_without_a_file_is_refused(api: Api) -> None:
         ("dir/", "data"),
     ],
 )
+@only_sqlite
 def test_a_file_name_is_shown_and_never_a_path(api: Api, filename: str, shown: str) -> None:
     made = api.upload(ROWS, filename).json()
     assert (made["filename"], made["name"]) == (shown, shown)

@@ -348,6 +348,7 @@ def test_metrics_as_a_table(api: Api, measured: str) -> None:
     ("points", "steps"),
     [(2, [1, 10]), (4, [1, 4, 7, 10]), (10, list(range(1, 11))), (50, list(range(1, 11)))],
 )
+@only_sqlite
 def test_metrics_can_be_thinned_out(api: Api, measured: str, points: int, steps: list[int]) -> None:
     body = api.client.get(f"/jobs/{measured}/metrics", params={"points": points}).json()
     assert [row["step"] for row in body["data"]] == steps

@@ -161,13 +161,13 @@ def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
     assert caught.value.code == "template_error"
 
 
-def test_a_conversation_of_one_answer_is_encoded_or_refused(contract: Contract) -> None:
-    try:
-        encoded = prompts.encode(contract, [FIRST[2]])
-    except BadRequest as error:
-        assert error.code == "template_error"
-    else:
-        assert trained_spans(contract, encoded) == ["Fine.<|im_end|>\n"]
+@pytest.mark.parametrize("conversation", [[], [FIRST[2]]])
+def test_an_answer_to_nothing_is_refused(contract: Contract, conversation: list[dict[str, str]]) -> None:
+    with pytest.raises(BadRequest) as caught:
+        prompts.encode_prompt(contract, [])
+    assert caught.value.code == "template_error"
+    with pytest.raises(BadRequest):
+        prompts.encode(contract, conversation)
 
 
 def test_a_saved_contract_comes_back_the_same(contract: Contract, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_the_stop_tokens_are_the_turn_end_and_the_makers_own(tmp_path: Path) -> 
 def test_an_answer_cut_before_its_end_does_not_count_as_ended(contract: Contract) -> None:
     encoded = prompts.encode(contract, FIRST)
     last = max(i for i, token in enumerate(encoded.ids) if token in contract.stop_token_ids)
-    assert not prompts.ends_trained(contract, Encoded(encoded.ids[:last], encoded.trained[:last]))
+    assert not prompts.ends_trained(contract, Encoded(encoded.ids[:last], encoded.trained[:last], encoded.prompt))
 
 
 def test_plain_text_gets_no_template(contract: Contract) -> None:

@@ -146,7 +146,7 @@ def _text(row: dict[str, Any], field: str, *, optional: bool = False) -> str:
             return ""
         raise RowError(field, "missing_field", f'The row has no "{field}".')
     if isinstance(value, bool | int | float):
-        return str(value)
+        return json.dumps(value)
     if not isinstance(value, str):
         raise RowError(field, "not_text", f'"{field}" is a {type(value).__name__}, not text.')
     return value
@@ -156,6 +156,8 @@ def _checked(value: Any) -> list[Turn]:
     if not isinstance(value, list) or not value:
         raise RowError("messages", "missing_field", "messages must be a list of at least two messages.")
     turns = [_checked_turn(i, item) for i, item in enumerate(value)]
+    if len(turns) < 2:
+        raise RowError("messages", "missing_field", "messages must be a list of at least two messages.")
     if turns[-1]["role"] != "assistant":
         last = len(turns) - 1
         raise RowError(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ def file_type(path: Path) -> FileType:
     """
     with path.open("rb") as file:
         head = file.read(4096)
+        while head.isspace() and (more := file.read(4096)):
+            head = more
     for magic, what in _OTHER_TYPES.items():
         if head.startswith(magic):
             raise _unsupported(f"The file is {what}, not JSON Lines or CSV.")
@@ -70,8 +73,6 @@ def _jsonl(file: IO[bytes], line_max_bytes: int) -> Iterator[Row]:
     number = 0
     while raw := file.readline(line_max_bytes + 1):
         number += 1
-        if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
         if len(raw) > line_max_bytes and not raw.endswith(b"\n"):
             yield Row(
                 number,
@@ -81,6 +82,8 @@ def _jsonl(file: IO[bytes], line_max_bytes: int) -> Iterator[Row]:
             while raw and not raw.endswith(b"\n"):
                 raw = file.readline(line_max_bytes)
             continue
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip():
             yield _parse(number, raw)
 
@@ -99,7 +102,7 @@ def _parse(number: int, raw: bytes) -> Row:
             ),
         )
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         return Row(
             number,
@@ -167,6 +170,10 @@ def _csv(file: IO[bytes], line_max_bytes: int) -> Iterator[Row]:
                         ),
                     )
             start = reader.line_num + 1
+    except _NulError:
+        yield Row(
+            start, None, ("invalid_text", "The row holds a NUL character, which is not text.", "Remove it.")
+        )
     except csv.Error as error:
         yield Row(start, None, ("invalid_csv", f"Not valid CSV: {error}.", None))
     except UnicodeDecodeError:
@@ -177,11 +184,17 @@ def _csv(file: IO[bytes], line_max_bytes: int) -> Iterator[Row]:
         )
 
 
+class _NulError(Exception):
+    pass
+
+
 def _text_lines(file: IO[bytes], line_max_bytes: int) -> Iterator[str]:
     first = True
     while raw := file.readline(line_max_bytes + 1):
         if len(raw) > line_max_bytes:
             raise csv.Error(f"a line is longer than {line_max_bytes} bytes")
+        if b"\0" in raw:
+            raise _NulError
         yield (raw.removeprefix(b"\xef\xbb\xbf") if first else raw).decode("utf-8")
         first = False
 
@@ -196,14 +209,29 @@ def _deeper(value: Any, left: int) -> bool:
 
 def _unwritable(text: str) -> str | None:
     # Escapes are the only way such characters get into a decoded line.
-    if "\\u0000" in text or "\x00" in text:
-        return "a NUL character"
-    if "\\ud" in text.lower():
-        try:
-            json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            return "half of a surrogate pair"
-    return None
+    if "\\u" not in text:
+        return None
+    plain = json.dumps(json.loads(text), ensure_ascii=False)
+    try:
+        plain.encode("utf-8")
+    except UnicodeEncodeError:
+        return "half of a surrogate pair"
+    return "a NUL character" if _has_nul(json.loads(text)) else None
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, dict):
+        return any(_has_nul(item) for pair in value.items() for item in pair)
+    return isinstance(value, list) and any(_has_nul(item) for item in value)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

@@ -28,7 +28,7 @@ _DROPPED = (
 
 def seal(folder: Path, step: int) -> list[FileInfo]:
     """Flush a finished checkpoint folder to the disk and return its files with their hashes."""
-    for name in _DROPPED:
+    for name in (*_DROPPED, MANIFEST):
         (folder / name).unlink(missing_ok=True)
     files = describe(folder)
     missing = set(REQUIRED) - {info["path"] for info in files}

@@ -20,9 +20,10 @@ _NAMED = 10
 
 @dataclass(frozen=True)
 class Tokenised:
-    """`examples` of {input_ids, labels}; `dropped` are the lines left out as too long."""
+    """`examples` of {input_ids, labels} and how many tokens of each are its prompt; `dropped` are the lines left out as too long."""
 
     examples: list[dict[str, list[int]]]
+    prompts: list[int]
     dropped: list[int]
     longest: int
     trained_tokens: int
@@ -45,6 +46,7 @@ def tokenise(
             param="training.max_length",
         )
     examples: list[dict[str, list[int]]] = []
+    prompt_lengths: list[int] = []
     too_long: list[int] = []
     unfinished: list[int] = []
     trained_tokens = longest = 0
@@ -55,6 +57,7 @@ def tokenise(
             continue
         if not prompts.ends_trained(contract, encoded):
             unfinished.append(line)
+        prompt_lengths.append(encoded.prompt)
         longest = max(longest, len(encoded.ids))
         trained_tokens += sum(encoded.trained)
         labels = [
@@ -77,16 +80,15 @@ def tokenise(
         )
     if not trained_tokens:
         raise BadRequest("no_trained_tokens", "No row is left that trains any token.")
-    return Tokenised(examples, too_long, longest, trained_tokens)
+    return Tokenised(examples, prompt_lengths, too_long, longest, trained_tokens)
 
 
 def split(tokenised: Tokenised, fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Training and validation examples. Rows with the same prompt stay on the same side."""
     train: list[Any] = []
     held_back: list[Any] = []
-    for example in tokenised.examples:
-        first = next((i for i, label in enumerate(example["labels"]) if label != _IGNORED), 0)
-        prompt = repr((seed, example["input_ids"][:first])).encode()
+    for example, length in zip(tokenised.examples, tokenised.prompts, strict=True):
+        prompt = repr((seed, example["input_ids"][:length])).encode()
         share = int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest()) / 2**64
         (held_back if share < fraction else train).append(example)
     if not train or not held_back:

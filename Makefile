@@ -45,5 +45,5 @@ format: .venv/.installed ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove what make install made
-	rm -rf .venv .graft
+clean: ## remove the .venv; what the service keeps in .graft stays
+	rm -rf .venv

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cli import show
 from cli.up import up as run_up
@@ -102,18 +103,14 @@ def jobs(
     home: Home = _HOME,
 ) -> None:
     """List the newest jobs."""
-    table = Table("id", "name", "status", "step", "loss", "adapter")
+    table = Table("name", "status", "step", "loss", Column("job and adapter", no_wrap=True), box=SIMPLE)
     with _client(url, key, home) as client:
         for job in client.jobs(limit):
             loss = job["metrics"].get("train_loss")
             step = f"{job['progress']['step']}/{job['progress']['total_steps'] or '?'}"
+            ids = "\n".join(filter(None, (job["id"], job["adapter_id"])))
             table.add_row(
-                job["id"],
-                job["name"],
-                job["phase"] or job["status"],
-                step,
-                "" if loss is None else f"{loss:.3f}",
-                job["adapter_id"] or "",
+                job["name"], job["phase"] or job["status"], step, "" if loss is None else f"{loss:.3f}", ids
             )
     console.print(table)
 

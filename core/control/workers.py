@@ -72,7 +72,7 @@ def take_duty(session: Session, name: str, owner: str, seconds: float) -> bool:
         except IntegrityError:
             return False
         return True
-    if lease.owner != owner and lease.until > now:
+    if lease.owner != owner and lease.until > now and lease.owner not in dead_here(session):
         return False
     lease.owner, lease.until = owner, now + seconds
     return True

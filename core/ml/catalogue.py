@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from core.errors import GraftError, NotFound, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_HUB_SECONDS = 5
 _HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -103,9 +104,11 @@ def check(catalogue: Catalogue, name: str) -> BaseModel:
     if model.ready or model.source != "hub":
         return model
     try:
-        HfApi().model_info(model.origin, timeout=5)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise _not_found(catalogue, name) from error
+        hf_hub_download(model.origin, "config.json", etag_timeout=_HUB_SECONDS)
+    except LocalEntryNotFoundError as error:  # before its parent, which means: asked, and not there
+        raise _not_found(catalogue, name, ", and the Hugging Face hub cannot be asked from here") from error
+    except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
+        raise _not_found(catalogue, name, ", on the Hugging Face hub neither") from error
     return model
 
 
@@ -153,7 +156,7 @@ def download(model: BaseModel) -> None:
     part = model.path.with_name(model.path.name + ".part")
     try:
         snapshot_download(model.origin, local_dir=part, allow_patterns=_HUB_FILES)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
         raise NotFound(
             "model_not_found",
             f"Base model {model.name} could not be fetched from {constants.ENDPOINT}: {error}",
@@ -172,12 +175,12 @@ def download(model: BaseModel) -> None:
     part.rename(model.path)
 
 
-def _not_found(catalogue: Catalogue, name: str) -> NotFound:
+def _not_found(catalogue: Catalogue, name: str, why: str = "") -> NotFound:
     names = [*catalogue.own, *BUILT_IN]
     near = nearest(name, names)
     return NotFound(
         "model_not_found",
-        f'There is no base model "{name[:120]}"' + (f'; did you mean "{near}"?' if near else "."),
+        f'There is no base model "{name[:120]}"{why}' + (f'; did you mean "{near}"?' if near else "."),
         param="model",
         hint=f"Known models: {', '.join(names)}. GET /models lists them; GRAFT_MODELS adds more.",
     )

@@ -197,7 +197,9 @@ def test_the_stop_tokens_are_the_turn_end_and_the_makers_own(tmp_path: Path) -> 
 def test_an_answer_cut_before_its_end_does_not_count_as_ended(contract: Contract) -> None:
     encoded = prompts.encode(contract, FIRST)
     last = max(i for i, token in enumerate(encoded.ids) if token in contract.stop_token_ids)
-    assert not prompts.ends_trained(contract, Encoded(encoded.ids[:last], encoded.trained[:last], encoded.prompt))
+    assert not prompts.ends_trained(
+        contract, Encoded(encoded.ids[:last], encoded.trained[:last], encoded.prompt)
+    )
 
 
 def test_plain_text_gets_no_template(contract: Contract) -> None:

@@ -48,7 +48,7 @@ def detect(columns: Sequence[str]) -> Format:
         return "prompt_completion"
     if {"instruction", "output"} <= names:
         return "alpaca"
-    question, answer = (*columns, "question", "answer")[:2]
+    question, answer = (columns[0], columns[-1]) if len(columns) > 1 else ("question", "answer")
     example = [
         {"role": "user", "content": f"{{{question}}}"},
         {"role": "assistant", "content": f"{{{answer}}}"},

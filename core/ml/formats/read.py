@@ -90,7 +90,7 @@ def _jsonl(file: IO[bytes], line_max_bytes: int) -> Iterator[Row]:
 
 def _parse(number: int, raw: bytes) -> Row:
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         return Row(
             number,

@@ -17,7 +17,7 @@ import trl.trainer.utils
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from core.errors import BadRequest, GraftError
@@ -85,7 +85,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     )
     trainer.add_callback(Reporter(report, stop))
     report("phase", phase="training")
-    trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
+    _run(trainer, run.resume, total_steps)
     if trainer.state.global_step < total_steps:
         return Result(None, {})
 
@@ -230,6 +230,18 @@ def _trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return trainer
+
+
+def _run(trainer: SFTTrainer, resume: Path | None, total_steps: int) -> None:
+    """Train to the end, or until asked to stop; from a checkpoint where there is one."""
+    if resume is not None:
+        state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+        if state.global_step >= total_steps:
+            # All steps are done: the trainer, asked to go on, would do one more.
+            trainer._load_from_checkpoint(str(resume))
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
 
 def _evaluate(trainer: SFTTrainer, model: PeftModel) -> dict[str, float]:

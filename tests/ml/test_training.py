@@ -1,0 +1,286 @@
+"""The trainer itself, called directly: what a run gives, and faults that would be silent."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl.trainer.utils
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
+from safetensors.torch import load_file
+from trl import SFTConfig, SFTTrainer
+
+from core.errors import GraftError
+from core.hashes import sha256
+from core.ml import base_model, catalogue, prompts
+from core.ml.catalogue import BaseModel, Catalogue
+from core.ml.formats.validate import Reading
+from core.ml.quantization import Quantization
+from core.ml.training import config, sft
+from core.ml.training.run import Run, Source
+from tests import tiny
+
+ROWS = [
+    {"prompt": f"name {n % 9} of table {n}", "completion": f"SELECT {n % 5}" + " and the" * (n % 4)}
+    for n in range(40)
+]
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> BaseModel:
+    return catalogue.find(Catalogue(tmp_path / "models", {tiny.NAME: str(tiny_model)}), tiny.NAME)
+
+
+@pytest.fixture
+def make_run(model: BaseModel, tmp_path: Path) -> Callable[..., Run]:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    source = Source(rows, Reading("jsonl", "prompt_completion", None, 2**20))
+
+    def make(
+        name: str = "work", resume: Path | None = None, fraction: float | None = None, **spec: Any
+    ) -> Run:
+        work = tmp_path / name
+        work.mkdir()
+        training = {
+            "max_steps": 6,
+            "effective_batch_size": 4,
+            "learning_rate": 0.01,
+            **spec.pop("training", {}),
+        }
+        settled = config.settle(config.Spec.model_validate({"training": training, **spec}))
+        return Run(model, settled, source, None, fraction, work, resume)
+
+    return make
+
+
+def train(run: Run) -> tuple[sft.Result, list[tuple[str, dict[str, Any]]]]:
+    reports: list[tuple[str, dict[str, Any]]] = []
+    result = sft.train(run, lambda kind, /, **data: reports.append((kind, data)), lambda: False)
+    return result, reports
+
+
+def losses(reports: list[tuple[str, dict[str, Any]]]) -> list[float]:
+    return [
+        data["values"]["loss"] for kind, data in reports if kind == "metrics" and "loss" in data["values"]
+    ]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(make_run: Callable[..., Run]) -> None:
+    one, _ = train(make_run("one"))
+    two, _ = train(make_run("two"))
+    other, _ = train(make_run("other", seed=7))
+    files = [
+        sha256(result.adapter / "adapter_model.safetensors") for result in (one, two, other) if result.adapter
+    ]
+    assert files[0] == files[1] != files[2]
+    assert (one.adapter / "adapter_config.json").read_bytes() == (
+        two.adapter / "adapter_config.json"
+    ).read_bytes()
+
+
+def test_lora_is_kept_in_float32_and_every_module_is_trained(make_run: Callable[..., Run]) -> None:
+    result, _ = train(make_run())
+    tensors = load_file(result.adapter / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert len(tensors) == 2 * 14
+    assert all(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_small_learning_rates_are_not_lost(make_run: Callable[..., Run]) -> None:
+    """In bfloat16 an update of 1e-6 to a weight of 0.1 is rounded away."""
+    result, _ = train(
+        make_run("work", training={"learning_rate": 1e-6, "max_steps": 2, "scheduler": "constant"})
+    )
+    start, _ = train(
+        make_run("start", training={"learning_rate": 1e-12, "max_steps": 1, "scheduler": "constant"})
+    )
+    after = load_file(result.adapter / "adapter_model.safetensors")
+    before = load_file(start.adapter / "adapter_model.safetensors")
+    moved = [name for name in after if "lora_A" in name and not torch.equal(after[name], before[name])]
+    assert len(moved) == 14
+
+
+def test_interrupted_at_any_step_it_ends_in_the_same_weights(make_run: Callable[..., Run]) -> None:
+    spec = {"checkpoints": {"every_steps": 2}, "lora": {"dropout": 0.1}, "training": {"neftune_alpha": 5.0}}
+    whole, _ = train(make_run("whole", **spec))
+    for step in (2, 4, 6):
+        checkpoint = make_run(f"part-{step}", **spec)
+        train(checkpoint)
+        folder = checkpoint.work / "checkpoints" / f"checkpoint-{step}"
+        resumed, reports = train(make_run(f"resumed-{step}", resume=folder, **spec))
+        assert sha256(resumed.adapter / "adapter_model.safetensors") == sha256(
+            whole.adapter / "adapter_model.safetensors"
+        )
+        assert len(losses(reports)) == 6 - step
+        assert resumed.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], abs=1e-12)
+
+
+def test_asked_to_stop_it_saves_its_step_and_leaves(make_run: Callable[..., Run]) -> None:
+    reports: list[tuple[str, dict[str, Any]]] = []
+    seen = [0]
+
+    def report(kind: str, /, **data: Any) -> None:
+        reports.append((kind, data))
+        seen[0] += kind == "metrics"
+
+    result = sft.train(make_run(), report, lambda: seen[0] >= 2)
+    assert result.adapter is None
+    saved = [data["step"] for kind, data in reports if kind == "checkpoint"]
+    assert saved[-1] in (2, 3)
+    assert not any(kind == "done" for kind, _ in reports)
+
+
+def test_no_checkpoint_holds_a_tokenizer_or_a_pickle_of_arguments(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    train(run)
+    folder = run.work / "checkpoints" / "checkpoint-6"
+    assert {file.name for file in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+        "optimizer.pt",
+        "rng_state.pth",
+        "scheduler.pt",
+        "trainer_state.json",
+    }
+
+
+def test_scoring_only_labelled_positions_changes_nothing_but_the_time(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """trl's own way on a CPU scores every position; ours scores those with a label."""
+    _, ours = train(make_run("ours", training={"max_steps": 3}))
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda _device: False)
+    _, theirs = train(make_run("theirs", training={"max_steps": 3}))
+    assert losses(ours) == pytest.approx(losses(theirs), rel=2e-3)
+
+
+def test_gradients_are_right_after_an_evaluation_and_a_generation(model: BaseModel) -> None:
+    """The fused 4-bit CPU kernel repacks weights in eval mode and has no gradient."""
+    precision = base_model.settle(Quantization())
+    adapted = sft._with_adapter(base_model.load(model, precision), config.settle(config.Spec()))
+    ids = torch.arange(3, 40)[None]
+
+    def gradients() -> list[torch.Tensor]:
+        adapted.train()
+        adapted.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            adapted(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in adapted.parameters() if p.grad is not None]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")
+        before = gradients()
+        adapted.eval()
+        with torch.no_grad():
+            adapted(input_ids=ids)
+            adapted.generate(input_ids=ids, max_new_tokens=4, pad_token_id=2)
+        after = gradients()
+    assert any(g.abs().sum() > 0 for g in before)
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+def test_the_cached_quantised_base_is_the_same_bit_for_bit(model: BaseModel) -> None:
+    precision = base_model.settle(Quantization())
+    first = base_model.load(model, precision)
+    again = base_model.load(model, precision)
+    assert (model.cache / precision.slug / "config.json").is_file()
+    assert any(isinstance(module, Linear4bit) for module in again.modules())
+    one, two = first.state_dict(), again.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_is_trained_is_what_the_contract_encodes(make_run: Callable[..., Run], model: BaseModel) -> None:
+    """The batches of the trainer hold the ids and labels of `prompts.encode`, token for token."""
+    run = make_run()
+    contract = prompts.load(model.path)
+    data = sft.tokenise(run.train, contract, loss_on="assistant", context=512, training=run.spec.training)
+    expected = {}
+    for row in ROWS:
+        turns = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        encoded = prompts.encode(contract, turns)
+        expected[tuple(encoded.ids)] = [
+            i if t else -100 for i, t in zip(encoded.ids, encoded.trained, strict=True)
+        ]
+    trainer = SFTTrainer(
+        model=base_model.load(model, base_model.settle(Quantization(bits=16))),
+        args=SFTConfig(
+            output_dir=str(run.work),
+            use_cpu=True,
+            report_to="none",
+            max_length=None,
+            bf16=False,
+            per_device_train_batch_size=4,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_list(data.examples),
+        processing_class=contract.tokenizer,
+    )
+    fed = 0
+    for batch in trainer.get_train_dataloader():
+        for ids, labels, mask in zip(
+            batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+        ):
+            length = int(mask.sum())
+            assert labels[:length].tolist() == expected[tuple(ids[:length].tolist())]
+            assert set(labels[length:].tolist()) <= {-100}
+            fed += 1
+    assert fed == len(ROWS)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run(
+        training={"learning_rate": 1.0, "max_grad_norm": 100.0, "max_steps": 60, "scheduler": "constant"}
+    )
+    broken = tmp_path / "broken"
+    tiny.make(broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
+    from safetensors.torch import save_file
+
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    nan_model = catalogue.find(Catalogue(tmp_path / "nan", {tiny.NAME: str(broken)}), tiny.NAME)
+    with pytest.raises(GraftError) as caught:
+        train(Run(nan_model, run.spec, run.train, None, None, run.work))
+    assert caught.value.code == "training_diverged"
+    assert "step 1" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"quantization": {"bits": 16}},
+        {"quantization": {"type": "fp4", "double_quant": False}},
+        {"quantization": {"compute_dtype": "float32"}},
+        {"lora": {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}},
+        {"training": {"gradient_checkpointing": True}},
+        {"training": {"loss_on": "all"}},
+        {"training": {"scheduler": "constant_with_warmup", "warmup_ratio": 0.5}},
+        {"training": {"max_steps": None, "epochs": 0.5}},
+    ],
+    ids=json.dumps,
+)
+def test_every_kind_of_spec_trains(make_run: Callable[..., Run], spec: dict[str, Any]) -> None:
+    result, reports = train(make_run(**spec))
+    plan = next(data for kind, data in reports if kind == "plan")
+    assert result.adapter is not None
+    assert '"auto"' not in json.dumps(plan["spec"])
+    assert len(losses(reports)) == plan["total_steps"]
+
+
+def test_adapters_that_changed_nothing_are_refused(make_run: Callable[..., Run]) -> None:
+    """One step of warm-up has the learning rate zero."""
+    with pytest.raises(GraftError) as caught:
+        train(make_run(training={"max_steps": 1, "warmup_ratio": 0.99, "learning_rate": 1e-45}))
+    assert caught.value.code == "inert_adapter"

@@ -46,7 +46,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(GraftError, _graft_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(DatabaseUnavailable, _database_error)
+    for unavailable in DatabaseUnavailable:
+        app.add_exception_handler(unavailable, _database_error)
 
 
 def _graft_error(_request: Request, error: Exception) -> JSONResponse:
@@ -64,7 +65,7 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
                 "not_found",
                 f"There is no {request.method} {request.url.path[:200]}.",
                 status=404,
-                hint="GET /docs lists every call.",
+                hint="GET /docs, with a key, lists every call.",
             )
         )
     if error.status_code == 405:

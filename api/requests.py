@@ -122,7 +122,7 @@ class LimitBody:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        is_upload = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
+        is_upload = scope["method"] == "POST" and scope["path"].rstrip("/") == "/datasets"
         limit = self.upload_max_bytes if is_upload else JSON_MAX_BYTES
         error = BadRequest(
             "body_too_large",

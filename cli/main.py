@@ -110,7 +110,11 @@ def jobs(
             step = f"{job['progress']['step']}/{job['progress']['total_steps'] or '?'}"
             ids = "\n".join(filter(None, (job["id"], job["adapter_id"])))
             table.add_row(
-                job["name"], job["phase"] or job["status"], step, "" if loss is None else f"{loss:.3f}", ids
+                escape(job["name"]),
+                job["phase"] or job["status"],
+                step,
+                "" if loss is None else f"{loss:.3f}",
+                ids,
             )
     console.print(table)
 

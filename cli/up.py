@@ -23,6 +23,7 @@ import typer
 from cli import tree
 from core import settings as settings_module
 from core.settings import Settings
+from graft_client.client import ApiError, Client, UnreachableError
 from migrations.upgrade import upgrade
 
 _READY_SECONDS = 120
@@ -66,6 +67,7 @@ def _supervise(settings: Settings, config: Path, environment: dict[str, str], ke
     announced = False
     try:
         while running.poll() is None and not asked.wait(0.2):
+            _reap(running.pid)
             waited = time.monotonic() - started
             if not announced and _ready(settings):
                 announced = True
@@ -90,7 +92,11 @@ def _supervise(settings: Settings, config: Path, environment: dict[str, str], ke
 
 def _announce(settings: Settings, key: str, is_new: bool, seconds: float) -> None:
     url = address(settings)
-    accepted = httpx.get(f"{url}/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+    with Client(url, key) as client:
+        try:
+            accepted = bool(client.models())
+        except (ApiError, UnreachableError):
+            accepted = False
     if accepted and is_new:
         typer.echo(f"Admin API key, shown this once: {key}\nIt is kept in {settings.home / 'admin.key'}.")
     if not accepted:
@@ -151,14 +157,26 @@ def _refuse_taken_port(settings: Settings) -> None:
             raise typer.Exit(1) from None
 
 
+def _reap(own: int) -> None:
+    """Take note of the ends of orphans, which came to this process."""
+    for pid in _children():
+        if pid != own:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+def _children() -> list[int]:
+    me = str(os.getpid())
+    return [int(pid) for pid in (Path("/proc/self/task") / me / "children").read_text().split()]
+
+
 def _end_orphans() -> None:
     """End what supervisor left behind when it did not end by itself."""
-    listed = Path("/proc/self/task") / str(os.getpid()) / "children"
     for number, seconds in ((signal.SIGTERM, _ORPHAN_SECONDS), (signal.SIGKILL, _ORPHAN_SECONDS)):
         deadline = time.monotonic() + seconds
-        for pid in listed.read_text().split():
+        for pid in _children():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), number)
+                os.kill(pid, number)
         while time.monotonic() < deadline:
             try:
                 if os.waitpid(-1, os.WNOHANG)[0] == 0:

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     )
     lease_seconds: float = Field(90, gt=0, description="A worker silent for so long has lost its job.")
     heartbeat_seconds: float = Field(5, gt=0, description="How often a worker renews its lease.")
-    sweep_seconds: float = Field(5, gt=0, description="How often lost and unsent jobs are looked for.")
+    sweep_seconds: float = Field(5, gt=0, le=10, description="How often lost and unsent jobs are looked for.")
     max_crashes: int = Field(5, ge=1, description="Crashes after which a job fails for good.")
     stall_seconds: float = Field(
         1800, gt=0, description="A trainer without any report for so long is ended and tried again."
@@ -71,6 +71,15 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().resolve()
+
+    @field_validator("storage_url")
+    @classmethod
+    def _folder_or_bucket(cls, url: str | None) -> str | None:
+        if url is None or url.startswith("s3://"):
+            return url
+        if "://" in url:
+            raise ValueError("must be a folder or s3://bucket/prefix")
+        return str(Path(url).expanduser().resolve())
 
     @field_validator("engine_bits")
     @classmethod

@@ -1,5 +1,6 @@
 """Files and folders under keys, in a directory or an S3 bucket. Keys are made here, never by clients."""
 
+import os
 import posixpath
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,9 @@ class Storage:
         try:
             self.fs.put_file(str(source), part)
             if part != target:
-                self.fs.mv(part, target)
+                _sync(Path(part))
+                Path(part).replace(target)
+                _sync(Path(target).parent)
         except Exception as error:
             if is_disk_full(error):
                 self.delete(f"{key}.part")
@@ -102,3 +105,12 @@ def _found(key: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise NotFound("file_missing", f"{key} is not in the storage any more.") from error
+
+
+def _sync(path: Path) -> None:
+    """A row must never name a file that a power cut can still take."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

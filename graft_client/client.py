@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 
+# How long `watch` bears a service that does not answer.
+PATIENCE_SECONDS = 60.0
 FINISHED = ("succeeded", "failed", "cancelled")
 Json = dict[str, Any]
 
@@ -73,8 +75,17 @@ class Client:
 
     def watch(self, job_id: str, every: float = 0.5) -> Iterator[Json]:
         """The job again and again, until it has ended; the last one is the finished job."""
+        patient_until = time.monotonic() + PATIENCE_SECONDS
         while True:
-            job = self.job(job_id)
+            try:
+                job = self.job(job_id)
+            except (UnreachableError, ApiError) as error:
+                # The service may be starting again; the job goes on.
+                if time.monotonic() > patient_until or (isinstance(error, ApiError) and error.status < 500):
+                    raise
+                time.sleep(1)
+                continue
+            patient_until = time.monotonic() + PATIENCE_SECONDS
             yield job
             if job["status"] in FINISHED:
                 return
@@ -118,7 +129,7 @@ class Client:
     def _call(self, method: str, path: str, **options: Any) -> Json:
         try:
             response = self._http.request(method, path, **options)
-        except httpx.ConnectError as error:
+        except httpx.TransportError as error:
             raise UnreachableError(f"No Graft service answers at {self._http.base_url}.") from error
         _raise_for(response)
         body: Json = response.json()
@@ -137,7 +148,7 @@ class _Streamed:
     def __enter__(self) -> httpx.Response:
         try:
             self._response = self._http.send(self._request, stream=True)
-        except httpx.ConnectError as error:
+        except httpx.TransportError as error:
             raise UnreachableError(f"No Graft service answers at {self._http.base_url}.") from error
         if self._response.status_code >= 400:
             self._response.read()

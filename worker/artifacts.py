@@ -51,8 +51,10 @@ def store_checkpoint(context: Context, job: Job, data: dict[str, Any]) -> None:
     shutil.rmtree(folder)
 
 
-def store_adapter(context: Context, job: Job, folder: Path, metrics: dict[str, float], work: Path) -> Adapter:
-    """Store an adapter's files and their zip; its row is for the caller to insert.
+def store_adapter(
+    context: Context, job: Job, folder: Path, metrics: dict[str, float], work: Path
+) -> dict[str, Any]:
+    """Store an adapter's files and their zip; the columns of its row are for the caller to insert.
 
     Raises:
         StorageFull: no room; nothing of the adapter stays.
@@ -69,24 +71,25 @@ def store_adapter(context: Context, job: Job, folder: Path, metrics: dict[str, f
                 target.open(entry, "w", force_zip64=True) as part,
             ):
                 shutil.copyfileobj(source, part)
-    adapter = Adapter(
-        id=new_id("ad"),
-        project_id=job.project_id,
-        job_id=job.id,
-        name=job.name,
-        base_model=job.model,
-        size=archive.stat().st_size,
-        sha256=sha256(archive),
-        files=[dict(info) for info in files],
-        metrics=metrics,
-        created_at=utcnow(),
-    )
+    fields: dict[str, Any] = {
+        "id": new_id("ad"),
+        "project_id": job.project_id,
+        "job_id": job.id,
+        "name": job.name,
+        "base_model": job.model,
+        "size": archive.stat().st_size,
+        "sha256": sha256(archive),
+        "files": [dict(info) for info in files],
+        "metrics": metrics,
+        "created_at": utcnow(),
+    }
+    key = Adapter(**fields).key
     try:
-        context.storage.put_folder(folder, f"{adapter.key}/files", [info["path"] for info in files])
-        context.storage.put(archive, f"{adapter.key}/adapter.zip")
-        if context.storage.size(f"{adapter.key}/adapter.zip") != adapter.size:
+        context.storage.put_folder(folder, f"{key}/files", [info["path"] for info in files])
+        context.storage.put(archive, f"{key}/adapter.zip")
+        if context.storage.size(f"{key}/adapter.zip") != fields["size"]:
             raise GraftError("storage_damaged", "The storage did not keep the whole adapter.")
     except Exception:
-        context.storage.delete(adapter.key)
+        context.storage.delete(key)
         raise
-    return adapter
+    return fields

@@ -75,7 +75,8 @@ class Child:
 
     def close(self) -> None:
         self.kill()
-        self.pipe.close()
+        with self.lock:  # or a beat would go into whatever gets this descriptor next
+            self.pipe.close()
 
 
 def start(function: str, *args: Any, patience: float) -> Child:

@@ -5,6 +5,8 @@ is vLLM's, so that vLLM can stand in its place.
 """
 
 import asyncio
+import contextlib
+import hashlib
 import hmac
 import json
 import threading
@@ -28,6 +30,8 @@ from core.storage import Storage
 
 # Requests that may wait for the one at work.
 _MAX_WAITING = 32
+# How often it is asked whether the client still listens.
+_LOOK_SECONDS = 0.25
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -86,12 +90,13 @@ class Server:
             raise BadRequest("invalid_lora_path", "lora_path does not lie in the storage.", status=400)
         if (local := self.storage.local(key)) is not None:
             return local
-        folder = self.settings.home / "cache" / "adapters" / name.replace("/", "_")
+        folder = self.settings.home / "cache" / "adapters" / hashlib.sha256(name.encode()).hexdigest()[:32]
         if not folder.is_dir():
             part = folder.with_name(f"{folder.name}.{ULID()}.part")
             for file in _FILES:
                 self.storage.get(f"{key}/{file}", part / file)
-            part.rename(folder)
+            with contextlib.suppress(OSError):  # another request was faster
+                part.rename(folder)
         return folder
 
 
@@ -102,8 +107,12 @@ def create_app() -> FastAPI:
     app.state.server = Server(settings)
     app.add_exception_handler(GraftError, _error)
     app.include_router(router)
-    app.add_api_route("/health", lambda: {"status": "ok"})
+    app.add_api_route("/health", _health)
     return app
+
+
+async def _health() -> dict[str, str]:
+    return {"status": "ok"}
 
 
 def _server(request: Request) -> Server:
@@ -142,12 +151,15 @@ async def completions(
     if server.waiting >= _MAX_WAITING:
         raise GraftError("engine_full", f"{server.waiting} requests are waiting already.", status=429)
     if body.stream:
-        pieces = _Pieces(server, body, 0)
+        pieces = _Pieces(server, body, 0, request)
         first = await anext(pieces)  # what is wrong with the request shows before the answer begins
         return StreamingResponse(_chunks(body, first, pieces), media_type="text/event-stream")
-    choices, tokens = [], 0
+    choices: list[dict[str, Any]] = []
+    tokens = 0
     for index in range(body.n):
         text = ""
+        if choices and choices[-1]["finish_reason"] == "cancelled":
+            break
         async for piece in _Pieces(server, body, index, request):
             if isinstance(piece, Finish):
                 choices.append(_choice(index, text, piece.reason))
@@ -164,6 +176,7 @@ class _Pieces:
         self.server, self.body, self.index, self.request = server, body, index, request
         self.queue: asyncio.Queue[str | Finish | BaseException] = asyncio.Queue()
         self.cancelled = threading.Event()
+        self.looked = 0.0
         self.over = False
         self.started = False
 
@@ -176,12 +189,15 @@ class _Pieces:
         if not self.started:
             self._start()
         while True:
-            try:
-                item = await asyncio.wait_for(self.queue.get(), 0.25)
-                break
-            except TimeoutError:
+            if time.monotonic() - self.looked > _LOOK_SECONDS:
+                self.looked = time.monotonic()
                 if self.request is not None and await self.request.is_disconnected():
                     self.cancelled.set()
+            try:
+                item = await asyncio.wait_for(self.queue.get(), _LOOK_SECONDS)
+                break
+            except TimeoutError:
+                continue
             except asyncio.CancelledError:
                 self.cancelled.set()
                 raise

@@ -53,6 +53,7 @@ def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
     with context.sessions.begin() as session:
         workers.beat(session, context.owner)
         mine = workers.take_duty(session, _DUTY, context.owner, settings.sweep_seconds * 3)
+    _clear_scratch(context)
     if not mine:
         return
     with context.sessions.begin() as session:
@@ -82,7 +83,6 @@ def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
             break
         with context.sessions.begin() as session:
             attempts.mark_sent(session, job_id)
-    _clear_scratch(context)
 
 
 def _clear_scratch(context: Context) -> None:

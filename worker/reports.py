@@ -27,6 +27,7 @@ class Attempt:
     cancel: bool = False
     trainer: child.Child | None = None
     fenced: bool = False
+    training: bool = False
     claimed: float = field(default_factory=time.time)
 
 
@@ -45,8 +46,12 @@ def write(context: Context, attempt: Attempt) -> None:
     metrics = dict(job.metrics)
     old = []
     with context.sessions.begin() as session:
+        # The job's row first: who follows the events must not see later ones before these.
+        attempts.renew(session, job.id, job.fence, context.settings.lease_seconds)
         for kind, data in attempt.reports:
             _record(session, attempt, kind, data, columns, metrics)
+        if attempt.stored:
+            columns["crashes"] = 0  # only attempts that come no further use the patience up
         attempt.cancel = attempts.renew(
             session, job.id, job.fence, context.settings.lease_seconds, metrics=metrics, **columns
         )
@@ -83,6 +88,7 @@ def _record(
     job = attempt.job
     if kind == "phase":
         columns["phase"] = data["phase"]
+        attempt.training = data["phase"] == "training" or attempt.training
         events.add(session, job.id, "phase", f"Phase: {data['phase'].replace('_', ' ')}.", data=data)
     elif kind == "plan":
         job.spec = columns["spec"] = data["spec"] | {"validation": job.spec.get("validation")}

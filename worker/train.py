@@ -7,9 +7,8 @@ storage, whole, before a row names them.
 import contextlib
 import logging
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ from typing import Any
 from core import log
 from core.control import attempts, events
 from core.control.db import DatabaseUnavailable, reading
-from core.control.tables import Dataset
+from core.control.tables import Adapter, Checkpoint, Dataset
 from core.errors import Fenced, GraftError, NotFound
 from core.ml import catalogue
 from core.ml.training.config import Spec
 from core.ml.training.run import Run
 from worker import artifacts, child, reports
 from worker.context import Context
+from worker.heartbeat import beating
 from worker.reports import Attempt
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def run(context: Context, job_id: str) -> None:
     token = log.job_id.set(job.id)
     attempt = Attempt(job, context.settings.scratch / job.id / str(job.fence))
     try:
-        with _beating(context, attempt):
+        with beating(context, attempt):
             _attempt(context, attempt)
     except Fenced:
         logger.warning("lease lost; this attempt writes nothing more")
@@ -55,49 +55,20 @@ def run(context: Context, job_id: str) -> None:
         log.job_id.reset(token)
 
 
-@contextlib.contextmanager
-def _beating(context: Context, attempt: Attempt) -> Iterator[None]:
-    """Renew the lease from a thread of its own: fetching, starting and storing can take long."""
-    over = threading.Event()
-    job, settings = attempt.job, context.settings
-
-    def beat() -> None:
-        while not over.wait(settings.heartbeat_seconds):
-            try:
-                with context.sessions.begin() as session:
-                    attempt.cancel = attempts.renew(session, job.id, job.fence, settings.lease_seconds)
-            except Fenced:
-                attempt.fenced = True
-                return
-            except DatabaseUnavailable:
-                # Nobody else can claim the job either, so its trainer may go on.
-                logger.warning("database is away; the lease is not renewed")
-            if attempt.trainer is not None:
-                attempt.trainer.tell("beat")
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def _attempt(context: Context, attempt: Attempt) -> None:
     """Run the attempt and write its end, whatever that is."""
     try:
         adapter_folder = _train(context, attempt)
         if adapter_folder is not None:
-            _patiently(lambda: _publish(context, attempt, *adapter_folder))
+            _publish(context, attempt, *adapter_folder)
             return
     except GraftError as error:
         attempt.outcome = ("error", error.as_dict())
-    except (Fenced, DatabaseUnavailable):
+    except (Fenced, *DatabaseUnavailable):
         raise
     except Exception as error:
         logger.exception("the attempt broke off in the worker")
-        attempt.outcome = ("crash", {"why": f"the worker met {type(error).__name__}: {error}"})
+        attempt.outcome = ("crash", {"why": f"the worker met {type(error).__name__}"})
     _patiently(lambda: _end(context, attempt))
 
 
@@ -130,34 +101,7 @@ def _inputs(context: Context, attempt: Attempt) -> Run:
         saved = events.checkpoints(session, job.id)
     if train is None or (validation.get("dataset_id") and valid is None):
         raise NotFound("dataset_not_found", "The data set of this job was deleted.")
-    resume: Path | None = None
-    damaged, step = [], 0
-    for row in saved:
-        folder = work / f"resume-{row.step}"
-        if artifacts.fetch_checkpoint(context, row, folder):
-            resume, step = folder, row.step
-            break
-        damaged.append(row.step)
-    with context.sessions.begin() as session:
-        attempts.renew(session, job.id, job.fence, context.settings.lease_seconds, step=step)
-        events.forget_after(session, job.id, step)
-        for number in damaged:
-            events.add(
-                session,
-                job.id,
-                "checkpoint_damaged",
-                f"The checkpoint of step {number} is damaged and was not used.",
-                level="warning",
-                data={"step": number},
-            )
-        if resume:
-            events.add(
-                session,
-                job.id,
-                "resumed",
-                f"Resumed from the checkpoint of step {step}.",
-                data={"step": step},
-            )
+    resume, _ = _resume(context, attempt, saved)
     return Run(
         model=catalogue.find(context.catalogue, job.model),
         spec=Spec.model_validate(spec),
@@ -167,6 +111,34 @@ def _inputs(context: Context, attempt: Attempt) -> Run:
         work=work,
         resume=resume,
     )
+
+
+def _resume(context: Context, attempt: Attempt, saved: list[Checkpoint]) -> tuple[Path | None, int]:
+    """The newest checkpoint that is whole, brought here, and its step; what comes after it is dropped."""
+    job = attempt.job
+    folder, step = None, 0
+    for row in saved:
+        target = attempt.work / f"resume-{row.step}"
+        if artifacts.fetch_checkpoint(context, row, target):
+            folder, step = target, row.step
+            break
+    # Newer ones that are damaged would push the good ones out.
+    damaged = [row for row in saved if row.step > step]
+    with context.sessions.begin() as session:
+        attempts.renew(session, job.id, job.fence, context.settings.lease_seconds, step=step)
+        events.forget_after(session, job.id, step)
+        events.drop_checkpoints(session, damaged)
+        for row in damaged:
+            message = f"The checkpoint of step {row.step} is damaged and was not used."
+            events.add(
+                session, job.id, "checkpoint_damaged", message, level="warning", data={"step": row.step}
+            )
+        if folder is not None:
+            message = f"Resumed from the checkpoint of step {step}."
+            events.add(session, job.id, "resumed", message, data={"step": step})
+    for row in damaged:
+        context.storage.delete(row.key)
+    return folder, step
 
 
 def _supervise(
@@ -193,6 +165,10 @@ def _supervise(
         if (attempt.cancel or context.stopping.is_set()) and not asked:
             asked = True
             trainer.tell("stop")
+        if attempt.cancel and not attempt.training:
+            # Nothing is there to be saved yet, and loading a model can take long.
+            trainer.kill()
+            attempt.outcome = ("stopped", {})
     if attempt.outcome[0] == "crash":
         attempt.outcome = (
             "crash",
@@ -231,21 +207,27 @@ def _take(
 
 
 def _publish(context: Context, attempt: Attempt, folder: Path, metrics: dict[str, float]) -> None:
+    """Store the adapter once, then insert its row and end the job, as often as the database needs."""
     job = attempt.job
-    adapter = artifacts.store_adapter(context, job, folder, metrics, attempt.work)
-    try:
+    fields = artifacts.store_adapter(context, job, folder, metrics, attempt.work)
+
+    def succeed() -> None:
         with context.sessions.begin() as session:
             attempts.renew(
-                session,
-                job.id,
-                job.fence,
-                context.settings.lease_seconds,
-                metrics=job.metrics | metrics,
+                session, job.id, job.fence, context.settings.lease_seconds, metrics=job.metrics | metrics
             )
-            attempts.succeed(session, job.id, job.fence, adapter)
+            attempts.succeed(session, job.id, job.fence, Adapter(**fields))
+
+    try:
+        _patiently(succeed)
+    except DatabaseUnavailable:
+        raise  # nobody knows whether the row is there: files too many are cheap, files missing are not
     except Exception:
-        context.storage.delete(adapter.key)
-        raise
+        with reading(context.sessions) as session:
+            arrived = session.get(Adapter, fields["id"]) is not None
+        if not arrived:  # the answer of an earlier commit can be lost
+            context.storage.delete(Adapter(**fields).key)
+            raise
 
 
 def _end(context: Context, attempt: Attempt) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 # Models of these families are found by their configuration at run time; imported here they are
 # loaded once in the fork server instead of once a job.
+import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 from core import log
@@ -27,6 +28,15 @@ def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> No
         result = sft.train(run, report, stop)
     except GraftError as error:
         report("error", **error.as_dict())
+    except BrokenPipeError:
+        raise  # the worker or its log is gone: a crash, from which the job goes on
+    except torch.OutOfMemoryError:
+        report(
+            "error",
+            code="out_of_memory",
+            message="The device has too little memory for this job.",
+            hint="Use a smaller training.batch_size, training.max_length or lora.r, or a smaller base model.",
+        )
     except Exception as error:  # noqa: BLE001 - every end of a run is reported, with its cause
         logger.error("training broke off\n%s", traceback.format_exc())  # noqa: TRY400
         if is_disk_full(error):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Query, Request, Response, UploadFile
+from starlette.datastructures import FormData
 
 from api.deps import CallerDep, PageDep, Services, ServicesDep
 from api.files import respond
@@ -14,6 +15,7 @@ from api.requests import StrictRoute, parse
 from api.schemas.common import Deleted, Listing
 from api.schemas.datasets import DatasetOut, Preview, PreviewRow, Token
 from core.control import datasets, db
+from core.control.db import DatabaseUnavailable
 from core.control.tables import Dataset
 from core.errors import BadRequest, GraftError, StorageFull, is_disk_full, nearest
 from core.ml import catalogue, prompts
@@ -22,6 +24,8 @@ from core.ml.prompts import Contract, LossOn, Message
 
 router = APIRouter(prefix="/datasets", tags=["data sets"], route_class=StrictRoute)
 
+# A preview is for eyes: longer rows are shown to here, and no further rows after them.
+_SHOWN_TOKENS = 20_000
 _FIELDS = ("file", "name", "format", "mapping")
 
 
@@ -69,6 +73,8 @@ def create(
                 sha256=sha256,
                 report=report.summary(),
             )
+    except DatabaseUnavailable:
+        raise  # nobody knows whether the row is there
     except Exception:
         services.storage.delete(key)
         raise
@@ -139,7 +145,7 @@ def preview(
             file, datasets.reading(row, services.settings.line_max_bytes)
         ):
             rows.append(_preview_row(contract, line, messages, loss_on, max_length))
-            if len(rows) == n:
+            if len(rows) == n or sum(shown.n_tokens for shown in rows) > _SHOWN_TOKENS:
                 break
     return Preview(
         dataset_id=row.id,
@@ -159,7 +165,10 @@ def preview(
 
 def _refuse_unknown(request: Request) -> None:
     """A misspelt form field must not be passed over: FastAPI would."""
-    for field in getattr(request, "_form", None) or ():
+    form = getattr(request, "_form", None) or FormData()
+    if len(form.getlist("file")) > 1:
+        raise BadRequest("invalid_request", "The request has more than one file.", param="file")
+    for field in form:
         if field not in _FIELDS:
             near = nearest(field, _FIELDS)
             hint = f'Did you mean "{near}"?' if near else None
@@ -172,20 +181,19 @@ def _preview_row(
     contract: Contract, line: int, messages: Sequence[Message], loss_on: LossOn, max_length: int | None
 ) -> PreviewRow:
     encoded = prompts.encode(contract, messages, loss_on=loss_on)
+    ids = encoded.ids[:_SHOWN_TOKENS]
     tokens = [
         Token(id=token, text=text, trained=trained)
-        for token, text, trained in zip(
-            encoded.ids, prompts.pieces(contract, encoded.ids), encoded.trained, strict=True
-        )
+        for token, text, trained in zip(ids, prompts.pieces(contract, ids), encoded.trained, strict=False)
     ]
     return PreviewRow(
         line=line,
-        text=prompts.text_of(contract, encoded.ids),
+        text=prompts.text_of(contract, ids),
         tokens=tokens,
-        n_tokens=len(tokens),
+        n_tokens=len(encoded.ids),
         n_trained=sum(encoded.trained),
         truncated=False,
-        too_long=max_length is not None and len(tokens) > max_length,
+        too_long=max_length is not None and len(encoded.ids) > max_length,
     )
 
 

@@ -1,12 +1,13 @@
 """Generation with a base model or an adapter, whole or streamed."""
 
+import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from ulid import ULID
@@ -23,6 +24,8 @@ from core.ml.prompts import Contract
 
 router = APIRouter(tags=["generation"], route_class=StrictRoute)
 
+# How often it is asked whether the client still listens.
+_LOOK_SECONDS = 0.5
 _PROMPT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,7 +35,7 @@ _PROMPT_FILES = (
 
 
 @router.post("/generate", response_model=Generation)
-async def generate(body: GenerateRequest, services: ServicesDep, caller: CallerDep) -> Any:
+async def generate(body: GenerateRequest, request: Request, services: ServicesDep, caller: CallerDep) -> Any:
     """Answer with the base model, or with an adapter by the prompt contract it was trained with."""
     target, ids, stop_ids, context = await run_in_threadpool(_prepare, body, services, caller.project_id)
     if context is not None and len(ids) + body.max_new_tokens > context:
@@ -61,7 +64,7 @@ async def generate(body: GenerateRequest, services: ServicesDep, caller: CallerD
             media_type="text/event-stream",
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
         )
-    answer = await services.engine.complete(target, ids, sampling)
+    answer = await _while_listening(request, services.engine.complete(target, ids, sampling))
     outputs = [
         Output(text=choice["text"], finish_reason=choice["finish_reason"]) for choice in answer["choices"]
     ]
@@ -72,6 +75,18 @@ async def generate(body: GenerateRequest, services: ServicesDep, caller: CallerD
         outputs=outputs,
         usage=_usage(answer),
     )
+
+
+async def _while_listening(request: Request, answer: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """The answer; when the client hangs up before it is there, the engine's request is closed."""
+    task = asyncio.create_task(answer)
+    try:
+        while not (await asyncio.wait({task}, timeout=_LOOK_SECONDS))[0]:
+            if await request.is_disconnected():
+                raise GraftError("client_gone", "The client hung up.", status=499)
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def _prepare(

@@ -48,7 +48,7 @@ def create(
             if idempotency_key and (
                 earlier := jobs.replay(session, caller.project_id, idempotency_key, sha256)
             ):
-                return JobOut.of(earlier)
+                return _out(session, earlier)
             dataset = datasets.get(session, caller.project_id, body.dataset_id, param="dataset_id")
             if body.validation and body.validation.dataset_id:
                 datasets.get(
@@ -69,7 +69,12 @@ def create(
             if idempotency_key:
                 jobs.remember(session, caller.project_id, idempotency_key, sha256, job.id)
             position = jobs.position(session, job)
-    except AlreadyThere as error:  # the same key in the same moment
+    except AlreadyThere as error:  # the same key in the same moment: the other one was first
+        with db.reading(services.sessions) as session:
+            if idempotency_key and (
+                earlier := jobs.replay(session, caller.project_id, idempotency_key, sha256)
+            ):
+                return JobOut.of(earlier)
         raise Conflict(
             "idempotency_conflict",
             "A request with this Idempotency-Key is being worked on.",

@@ -9,6 +9,9 @@ from api.schemas.common import Request
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
+_COLDEST = 0.01
+
+
 class Message(Request):
     role: Literal["system", "user", "assistant"]
     content: str
@@ -26,7 +29,7 @@ class GenerateRequest(Request):
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=1000)
-    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.1, le=2)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
     seed: int | None = Field(None, ge=0, lt=2**31)
     n: int = Field(1, ge=1, le=8)
@@ -36,6 +39,8 @@ class GenerateRequest(Request):
     def _consistent(self) -> Self:
         if (self.messages is None) == (self.prompt is None):
             raise ValueError("give messages or prompt")
+        if 0 < self.temperature < _COLDEST:
+            raise ValueError(f"temperature must be 0 or at least {_COLDEST}")
         if self.raw and self.prompt is None:
             raise ValueError("raw needs a prompt")
         if self.messages and self.messages[-1].role == "assistant":

@@ -11,7 +11,7 @@ from core.ml.training.config import Spec
 
 # Names of metadata: what both databases can look up by.
 LABEL = r"^[\w.:/ -]+$"
-Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
 class Validation(Request):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, StringConstraints
 from api.schemas.common import Request
 from core.control.tables import ApiKey, Project, Role
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
 class ProjectCreate(Request):

@@ -114,6 +114,9 @@ def cancelled(session: Session, job_id: str, fence: int) -> None:
 
 def release(session: Session, job_id: str, fence: int, why: str) -> None:
     """Give the job back to the queue without counting a crash: the worker stops, not the job."""
+    if session.get_one(Job, job_id, populate_existing=True).cancel_requested:
+        cancelled(session, job_id, fence)
+        return
     _held(session, job_id, fence, **_queued_again(0))
     events.add(session, job_id, "released", why)
 
@@ -158,7 +161,8 @@ def lost(session: Session, dead_owners: list[str]) -> list[Job]:
         Job.status == JobStatus.RUNNING,
         or_(Job.lease_until < now_epoch(), Job.owner.in_(dead_owners)),
     )
-    return list(session.scalars(query.order_by(Job.id).limit(100)))
+    # Locked, so that a heartbeat of this moment is not overlooked.
+    return list(session.scalars(query.order_by(Job.id).limit(100).with_for_update(skip_locked=True)))
 
 
 def unsent(session: Session, limit: int) -> list[str]:

@@ -19,7 +19,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import Connection, Dialect
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError, TimeoutError  # noqa: A004
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, sessionmaker
 from sqlalchemy.orm import Session as Session
@@ -27,7 +27,7 @@ from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 Sessions = sessionmaker[Session]
-DatabaseUnavailable = OperationalError
+DatabaseUnavailable = (OperationalError, TimeoutError)
 AlreadyThere = IntegrityError
 
 
@@ -35,13 +35,22 @@ def connect(url: str) -> Sessions:
     """A sessionmaker on SQLite (WAL) or Postgres. Nothing is opened before the first use."""
     if url.startswith("sqlite"):
         engine = create_engine(
-            url, json_serializer=_json, connect_args={"timeout": 30, "isolation_level": None}
+            url,
+            json_serializer=_json,
+            hide_parameters=True,
+            connect_args={"timeout": 30, "isolation_level": None},
         )
         event.listen(engine, "connect", _sqlite_connect)
         event.listen(engine, "begin", _sqlite_begin)
     else:
         engine = create_engine(
-            url, json_serializer=_json, pool_pre_ping=True, connect_args={"connect_timeout": 5}
+            url,
+            json_serializer=_json,
+            hide_parameters=True,
+            pool_pre_ping=True,
+            pool_size=20,
+            max_overflow=40,
+            connect_args={"connect_timeout": 5},
         )
     return sessionmaker(engine, expire_on_commit=False)
 

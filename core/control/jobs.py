@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, select, update
 
 from core.control import events
-from core.control.db import Session, update_one
+from core.control.db import Session
 from core.control.tables import FINISHED, Adapter, IdempotencyKey, Job, JobStatus, new_id, utcnow
 from core.errors import Conflict, NotFound
 
@@ -106,8 +106,8 @@ def page(
 
 def position(session: Session, job: Job) -> int:
     """How many queued jobs come before this one."""
-    query = select(Job.id).where(Job.status == JobStatus.QUEUED, Job.id < job.id)
-    return len(session.scalars(query).all())
+    query = select(func.count()).where(Job.status == JobStatus.QUEUED, Job.id < job.id)
+    return session.scalar(query) or 0
 
 
 def cancel(session: Session, project_id: str, job_id: str) -> Job:
@@ -117,31 +117,17 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
         Conflict: `job_finished`, it succeeded or failed already.
     """
     job = get(session, project_id, job_id)
+    session.refresh(job, with_for_update=True)
     if job.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
         raise Conflict("job_finished", f"Job {job.id} has {job.status} already, so it cannot be cancelled.")
-    if job.status == JobStatus.RUNNING and not job.cancel_requested:
-        events.add(
-            session,
-            job.id,
-            "cancel_requested",
-            "Cancel requested; the job stops after its current step.",
-        )
-        job.cancel_requested = True
     if job.status == JobStatus.QUEUED:
-        changed = update_one(
-            session,
-            Job,
-            [Job.id == job.id, Job.status == JobStatus.QUEUED],
-            status=JobStatus.CANCELLED,
-            finished_at=utcnow(),
-            phase=None,
+        job.status, job.finished_at = JobStatus.CANCELLED, utcnow()
+        events.add(session, job.id, "cancelled", "Job cancelled before it started.")
+    elif job.status == JobStatus.RUNNING and not job.cancel_requested:
+        job.cancel_requested = True
+        events.add(
+            session, job.id, "cancel_requested", "Cancel requested; the job stops after its current step."
         )
-        if not changed:  # a worker claimed it in this moment
-            update_one(session, Job, [Job.id == job.id], cancel_requested=True)
-        else:
-            events.add(session, job.id, "cancelled", "Job cancelled before it started.")
-    session.flush()
-    session.refresh(job)
     return job
 
 

@@ -1,5 +1,6 @@
 """Base models in memory: prepare the files, load them quantised, attach adapters. The only loader."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -69,18 +71,24 @@ def prepare(model: BaseModel) -> None:
     """
     if model.ready:
         return
-    model.path.parent.mkdir(parents=True, exist_ok=True)
-    if model.source == "hub":
-        catalogue.download(model)
-    elif model.source == "package":
-        with _appearing(model.path) as part:
-            _convert_gguf(catalogue.packaged_file(model), part)
-    else:
+    if model.source == "folder":
         raise NotFound(
             "model_not_found",
             f"The folder of base model {model.name} has no config.json.",
             hint="GRAFT_MODELS must name a folder in the layout of transformers.",
         )
+    with _one_at_a_time(model.path):
+        _fetch(model)
+
+
+def _fetch(model: BaseModel) -> None:
+    if model.ready:  # another process was first
+        return
+    if model.source == "hub":
+        catalogue.download(model)
+    else:
+        with _appearing(model.path) as part:
+            _convert_gguf(catalogue.packaged_file(model), part)
 
 
 def load(model: BaseModel, precision: Precision) -> Any:
@@ -98,7 +106,12 @@ def load(model: BaseModel, precision: Precision) -> Any:
     }
     if precision.bits == 16:
         return AutoModelForCausalLM.from_pretrained(model.path, **options)
-    cache = model.cache / precision.slug
+    cache = model.cache / f"{precision.slug}-{_fingerprint(model.path)}"
+    with _one_at_a_time(cache):
+        return _quantised(model, precision, cache, options)
+
+
+def _quantised(model: BaseModel, precision: Precision, cache: Path, options: dict[str, Any]) -> Any:
     if (cache / "config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(cache, **options)
     options["quantization_config"] = BitsAndBytesConfig(
@@ -131,6 +144,21 @@ def _convert_gguf(file: Path, target: Path) -> None:
     (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def _fingerprint(folder: Path) -> str:
+    """Other weights under the same name must not meet the cache of the old ones."""
+    files = sorted(folder.glob("*.safetensors"))
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((str(folder.resolve()), facts)).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _one_at_a_time(target: Path) -> Iterator[None]:
+    """Worker, trainers and engine share these folders; only one of them makes one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f"{target.name}.lock")):
+        yield
+
+
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """A folder to write into that appears under its name whole, or not at all."""
@@ -139,7 +167,6 @@ def _appearing(target: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        if not target.exists():
-            part.rename(target)
+        part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)

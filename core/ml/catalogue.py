@@ -17,7 +17,7 @@ from typing import Any, Literal
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from core.errors import GraftError, NotFound, nearest
+from core.errors import GraftError, NotFound, StorageFull, is_disk_full, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_SECONDS = 5
@@ -118,14 +118,18 @@ def known(catalogue: Catalogue) -> list[BaseModel]:
     return [find(catalogue, name) for name in names]
 
 
+def context(model: BaseModel) -> int:
+    """How many tokens a model reads whose files are here; 2048 where its configuration does not say."""
+    return int(json.loads((model.path / "config.json").read_text()).get("max_position_embeddings") or 2048)
+
+
 def describe(model: BaseModel) -> dict[str, Any]:
     """Parameters and context length, as far as they are known without loading the model."""
     if (built_in := BUILT_IN.get(model.name)) and model.source == "package":
         return {"parameters": built_in.parameters, "context": built_in.context}
     if not model.ready:
         return {"parameters": None, "context": None}
-    config = json.loads((model.path / "config.json").read_text())
-    return {"parameters": None, "context": config.get("max_position_embeddings")}
+    return {"parameters": None, "context": context(model)}
 
 
 def packaged_file(model: BaseModel) -> Path:
@@ -157,6 +161,8 @@ def download(model: BaseModel) -> None:
     try:
         snapshot_download(model.origin, local_dir=part, allow_patterns=_HUB_FILES)
     except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
+        if is_disk_full(error):
+            raise StorageFull(f"base model {model.name}") from error
         raise NotFound(
             "model_not_found",
             f"Base model {model.name} could not be fetched from {constants.ENDPOINT}: {error}",

@@ -46,7 +46,7 @@ def test_an_unexpected_error_has_the_same_body_and_no_details(
 
 
 def test_every_route_has_a_name_of_its_own_in_the_description(shared_api: Api) -> None:
-    paths = shared_api.nobody.get("/openapi.json").json()["paths"]
+    paths = shared_api.client.get("/openapi.json").json()["paths"]
     names = [route["operationId"] for methods in paths.values() for route in methods.values()]
     assert sorted(names) == sorted(set(names))
 

@@ -142,7 +142,6 @@ def test_no_checkpoint_holds_a_tokenizer_or_a_pickle_of_arguments(make_run: Call
     assert {file.name for file in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
-        "manifest.json",
         "optimizer.pt",
         "rng_state.pth",
         "scheduler.pt",
@@ -189,7 +188,7 @@ def test_the_cached_quantised_base_is_the_same_bit_for_bit(model: BaseModel) -> 
     precision = base_model.settle(Quantization())
     first = base_model.load(model, precision)
     again = base_model.load(model, precision)
-    assert (model.cache / precision.slug / "config.json").is_file()
+    assert len(list(model.cache.glob(f"{precision.slug}-*/config.json"))) == 1
     assert any(isinstance(module, Linear4bit) for module in again.modules())
     one, two = first.state_dict(), again.state_dict()
     assert one.keys() == two.keys()

@@ -10,9 +10,13 @@ from core.errors import BadRequest, nearest
 Format = Literal["messages", "prompt_completion", "alpaca", "mapping"]
 FORMATS: tuple[Format, ...] = ("messages", "prompt_completion", "alpaca", "mapping")
 ROLES = ("system", "user", "assistant")
+# Characters of one message that a mapping makes: more than any model reads.
+MAX_TURN = 4 * 1024**2
 
 # {{name}} is a literal {name}; braces around anything that is no name, as in JSON, stay as they are.
 _PLACE = re.compile(r"\{\{(\w[\w -]*)\}\}|\{(\w[\w -]*)\}")
+# What would change the training if it were not passed over.
+_MEANINGFUL = ("system", "tools", "functions", "history", "weight")
 _SAME_ROLE = {
     "human": "user",
     "gpt": "assistant",
@@ -97,6 +101,11 @@ def check_mapping(mapping: Any, columns: Sequence[str]) -> None:
                 )
     if turns[-1]["role"] != "assistant":
         raise wrong("The last message of a mapping must be the assistant's: it is what is trained.")
+    if not any(place.group(2) for place in _PLACE.finditer(turns[-1]["content"])):
+        raise wrong(
+            "The last message of a mapping must name a column, or every row would train the same answer.",
+            "Write a column's name in single braces: {column}.",
+        )
 
 
 def messages(row: dict[str, Any], kind: Format, mapping: dict[str, Any] | None) -> list[Turn]:
@@ -105,10 +114,12 @@ def messages(row: dict[str, Any], kind: Format, mapping: dict[str, Any] | None) 
     Raises:
         RowError: the row does not have this format.
     """
-    if kind == "messages":
-        for name in ("tools", "functions"):
+    if kind != "mapping":
+        for name in _MEANINGFUL:
             if row.get(name):
-                raise RowError(name, "unknown_field", f'The row has "{name}", which would be ignored.')
+                hint = "Remove the column, or say in a mapping what to do with it."
+                raise RowError(name, "unknown_field", f'The row has "{name}", which would be ignored.', hint)
+    if kind == "messages":
         return _checked(row.get("messages"))
     if kind == "prompt_completion":
         turns = [_turn(row, "prompt", "user"), _turn(row, "completion", "assistant")]
@@ -127,6 +138,16 @@ def messages(row: dict[str, Any], kind: Format, mapping: dict[str, Any] | None) 
 
 
 def _fill(template: str, row: dict[str, Any]) -> str:
+    size = len(template) + sum(
+        len(_text(row, place.group(2))) for place in _PLACE.finditer(template) if place.group(2)
+    )
+    if size > MAX_TURN:
+        raise RowError(
+            "messages",
+            "row_too_long",
+            f"The mapping makes a message of {size} characters of this row; {MAX_TURN} are read.",
+        )
+
     def value(place: re.Match[str]) -> str:
         if place.group(1) is not None:
             return "{" + place.group(1) + "}"

@@ -5,6 +5,7 @@ every token.
 """
 
 import contextlib
+import gc
 import json
 import threading
 from collections import OrderedDict
@@ -61,6 +62,7 @@ class Engine:
         self._model: Any = None
         self._tokenizer: Any = None
         self._end_ids: set[int] = set()
+        self._context = 0
         # engine name -> (base model, folder); registered adapters survive a change of the base.
         self._known: dict[str, tuple[str, Path]] = {}
         self._resident: OrderedDict[str, None] = OrderedDict()
@@ -157,7 +159,7 @@ class Engine:
                 f"The prompt must be token ids from 0 to {vocabulary - 1}.",
                 status=400,
             )
-        context = self._model.config.max_position_embeddings
+        context = self._context
         if len(prompt) + sampling.max_tokens > context:
             raise BadRequest(
                 "prompt_too_long",
@@ -173,6 +175,7 @@ class Engine:
         model = catalogue.find(self._catalogue, base)
         self._base = self._model = None
         self._resident.clear()
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         loaded = base_model.load(model, base_model.settle(Quantization(bits=self._bits))).eval()
@@ -183,6 +186,7 @@ class Engine:
         contract = prompts.load(model.path)
         self._end_ids = set(contract.stop_token_ids)
         self._tokenizer = contract.tokenizer
+        self._context = catalogue.context(model)
         # What the model's makers preset (penalties, temperatures) must not mix with the request.
         loaded.generation_config = GenerationConfig()
         self._model, self._base = loaded, base
@@ -194,24 +198,37 @@ class Engine:
         trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         if trained_on != base:
             raise Conflict("adapter_mismatch", f"Adapter {name} was trained on {trained_on}, not on {base}.")
-        if isinstance(self._model, PeftModel):
-            self._model.load_adapter(str(folder), adapter_name=name)
-        else:
-            self._model = PeftModel.from_pretrained(self._model, str(folder), adapter_name=name)
-        self._model.eval()
+        try:
+            self._place(name, folder)
+        except Exception:
+            # The model may hold half of it now, and would answer with that: begin anew.
+            self._base = self._model = None
+            self._resident.clear()
+            raise
         self._resident[name] = None
+        while len(self._resident) > MAX_ADAPTERS:
+            self._drop(next(iter(self._resident)))
+
+    def _place(self, name: str, folder: Path) -> None:
+        try:
+            if isinstance(self._model, PeftModel):
+                self._model.load_adapter(str(folder), adapter_name=name)
+            else:
+                self._model = PeftModel.from_pretrained(self._model, str(folder), adapter_name=name)
+        except (RuntimeError, ValueError) as error:
+            raise Conflict(
+                "adapter_mismatch", f"Adapter {name} does not fit {self._base}: {error}"
+            ) from error
+        self._model.eval()
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             stored = set(file.keys())
         placed = set(get_peft_model_state_dict(self._model, adapter_name=name))
         if stored != placed:
-            self._drop(name)
             raise Conflict(
                 "adapter_mismatch",
-                f"Adapter {name} does not fit {base}: {len(stored ^ placed)} of its tensors "
+                f"Adapter {name} does not fit {self._base}: {len(stored ^ placed)} of its tensors "
                 "have no place, or places have no tensor.",
             )
-        while len(self._resident) > MAX_ADAPTERS:
-            self._drop(next(iter(self._resident)))
 
     def _drop(self, name: str) -> None:
         del self._resident[name]
@@ -235,6 +252,9 @@ class _Follower:
     def put(self, value: torch.Tensor) -> None:
         self.tokens += 1
         if self.tokens == 0:
+            return
+        if self.ended or self.text.stopped:
+            self.tokens -= 1  # generate asks whether to stop one token late
             return
         token = int(value.view(-1)[-1])
         if token in self.ends:

@@ -10,18 +10,29 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: list[str]) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
+        self._ids: list[int] = []
+        self._decoded = 0
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = stop
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        return self._release(self._decoder.step(self._tokenizer, token) or "")
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        text = self._decoder.step(self._tokenizer, token) or ""
+        self._decoded += len(text)
+        return self._release(text)
 
     def end(self) -> str:
-        """What was held back because it could have become a stop string."""
+        """What was held back: the start of a stop string, or bytes that never became a character."""
+        if self.stopped:
+            return ""
+        broken = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))[self._decoded :]
+        text = self._release(broken)
         rest, self._held = self._held, ""
-        return "" if self.stopped else rest
+        return text if self.stopped else text + rest
 
     def _release(self, text: str) -> str:
         text = self._held + text

@@ -1,13 +1,11 @@
-"""Whole checkpoints only: sealed with the hash of every file, verified before they are used."""
+"""Whole checkpoints only: the hash of every file is taken when it is made and compared before it is used."""
 
-import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from core.hashes import FileInfo, describe
 
-MANIFEST = "manifest.json"
 # What a resumed run needs besides the adapter; one missing file would silently change the result.
 REQUIRED = (
     "adapter_model.safetensors",
@@ -26,30 +24,18 @@ _DROPPED = (
 )
 
 
-def seal(folder: Path, step: int) -> list[FileInfo]:
-    """Flush a finished checkpoint folder to the disk and return its files with their hashes."""
-    for name in (*_DROPPED, MANIFEST):
+def seal(folder: Path) -> list[FileInfo]:
+    """The files of a finished checkpoint with their hashes, without those that are not needed."""
+    for name in _DROPPED:
         (folder / name).unlink(missing_ok=True)
     files = describe(folder)
     missing = set(REQUIRED) - {info["path"] for info in files}
     if missing:
-        raise RuntimeError(f"checkpoint {step} lacks {', '.join(sorted(missing))}")
-    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2))
-    for info in [*files, {"path": MANIFEST}]:
-        _fsync(folder / str(info["path"]))
-    _fsync(folder)
+        raise RuntimeError(f"{folder.name} lacks {', '.join(sorted(missing))}")
     return files
 
 
-def is_whole(folder: Path, files: list[dict[str, Any]]) -> bool:
+def is_whole(folder: Path, files: Sequence[FileInfo | dict[str, Any]]) -> bool:
     """Whether `folder` holds exactly the bytes that were sealed. `files` comes from the database."""
-    present = {info["path"]: info["sha256"] for info in describe(folder) if info["path"] != MANIFEST}
+    present = {info["path"]: info["sha256"] for info in describe(folder)}
     return present == {info["path"]: info["sha256"] for info in files}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,6 +30,8 @@ class Lora(Part):
         # peft reads a plain string as a regular expression, which can run for ever: only names pass.
         if isinstance(value, list) and not (value and all(_MODULE.fullmatch(name) for name in value)):
             raise ValueError('must be "all-linear" or a list of module names such as ["q_proj", "v_proj"]')
+        if "lm_head" in value:
+            raise ValueError("lm_head cannot be adapted: the loss is computed from its weights directly")
         return value
 
 

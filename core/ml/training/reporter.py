@@ -11,6 +11,9 @@ from transformers import TrainerCallback
 from core.errors import GraftError
 from core.ml.training import checkpoints
 
+# A long evaluation is no standstill.
+_ALIVE_SECONDS = 10.0
+
 
 class Report(Protocol):
     """Where a run tells what happens: report("metrics", step=3, values={…})."""
@@ -23,20 +26,24 @@ class Reporter(TrainerCallback):
 
     def __init__(self, report: Report, stop: Callable[[], bool]) -> None:
         self.report, self.stop = report, stop
-        self.tokens = 0.0
+        self.tokens = self.alive = 0.0
         self.started = self.last = time.monotonic()
         self.first_step = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = self.last = time.monotonic()
         self.first_step = state.global_step
-        self.report("training", step=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.first_step + 1:
             self.report("first_step", step=state.global_step)
         if self.stop():
             control.should_save = control.should_training_stop = True
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self.alive > _ALIVE_SECONDS:
+            self.alive = time.monotonic()
+            self.report("alive")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "eval_loss" in logs:
@@ -49,7 +56,8 @@ class Reporter(TrainerCallback):
         if "loss" not in logs:
             return
         loss, grad_norm = float(logs["loss"]), float(logs["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        # With float16 the gradient scaler looks for its scale: it skips steps that overflow.
+        if not (math.isfinite(loss) and (args.fp16 or math.isfinite(grad_norm))):
             raise GraftError(
                 "training_diverged",
                 f"At step {state.global_step} the loss is {loss} and the gradient norm {grad_norm}: the run cannot go on.",
@@ -80,5 +88,5 @@ class Reporter(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        files = checkpoints.seal(folder, state.global_step)
+        files = checkpoints.seal(folder)
         self.report("checkpoint", step=state.global_step, folder=str(folder), files=files)

@@ -17,11 +17,11 @@ import trl.trainer.utils
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import TrainerState, set_seed
+from transformers import PrinterCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from core.errors import BadRequest, GraftError
-from core.ml import base_model, prompts
+from core.ml import base_model, catalogue, prompts
 from core.ml.base_model import Precision
 from core.ml.catalogue import BaseModel
 from core.ml.prompts import Contract
@@ -52,7 +52,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     report("phase", phase="preparing")
     base_model.prepare(run.model)
     contract = prompts.load(run.model.path)
-    context = _context(run.model)
+    context = catalogue.context(run.model)
     loss_on = run.spec.training.loss_on
     assert loss_on != "auto"  # noqa: S101 - config.settle() came before
     data = tokenise(run.train, contract, loss_on=loss_on, context=context, training=run.spec.training)
@@ -79,6 +79,8 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     started = time.monotonic()
     model = _with_adapter(base_model.load(run.model, precision), spec)
     report("model_loaded", seconds=time.monotonic() - started)
+    if stop():
+        return Result(None, {})
 
     trainer = _trainer(
         model, spec, total_steps, precision, contract, train_rows, valid_rows, run.work / "checkpoints"
@@ -99,11 +101,6 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     adapter = run.work / "adapter"
     _save(model, contract, run.model, spec, adapter)
     return Result(adapter, metrics)
-
-
-def _context(model: BaseModel) -> int:
-    config = json.loads((model.path / "config.json").read_text())
-    return int(config.get("max_position_embeddings") or 2048)
 
 
 def _settle(spec: Spec, data: Tokenised, rows: int, precision: Precision) -> tuple[Spec, int]:
@@ -159,7 +156,7 @@ def _with_adapter(model: Any, spec: Spec) -> PeftModel:
             {
                 name.rsplit(".", 1)[-1]
                 for name, module in model.named_modules()
-                if isinstance(module, torch.nn.Linear)
+                if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
             }
         )
         raise BadRequest(
@@ -225,6 +222,7 @@ def _trainer(
         eval_dataset=Dataset.from_list(valid_rows) if valid_rows else None,
         processing_class=contract.tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)  # the reporter tells what happens; stdout may be gone
     # trl casts the LoRA of a quantised base to bfloat16; see _with_adapter.
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -246,7 +244,11 @@ def _run(trainer: SFTTrainer, resume: Path | None, total_steps: int) -> None:
 
 def _evaluate(trainer: SFTTrainer, model: PeftModel) -> dict[str, float]:
     """The loss on the validation rows with the adapter and, on the same rows, without it."""
-    adapter = trainer.evaluate(metric_key_prefix="eval")
+    done = trainer.state.log_history[-1] if trainer.state.log_history else {}
+    if "eval_loss" in done and done["step"] == trainer.state.global_step:
+        adapter = done  # the last step was one of those that are evaluated
+    else:
+        adapter = trainer.evaluate(metric_key_prefix="eval")
     with model.disable_adapter():
         base = trainer.evaluate(metric_key_prefix="base_eval")
     return {

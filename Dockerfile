@@ -14,7 +14,7 @@ ENV PATH="/opt/graft/bin:$PATH" \
 # user's home (kernel caches, the hub's files) goes to that volume as well: the rest is read-only.
 RUN groupadd --gid 10001 graft \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/graft --shell /usr/sbin/nologin graft \
-    && install --directory --owner=graft --group=graft --mode=0700 /var/lib/graft /var/lib/graft/tmp
+    && install --directory --owner=graft --group=graft --mode=0700 /var/lib/graft
 WORKDIR /app
 
 FROM runtime AS wheel

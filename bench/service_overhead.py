@@ -108,7 +108,7 @@ def directly(service: Service, spec: dict, config: settings.Settings, work: Path
         capture_output=True,
         text=True,
         check=True,
-        env=service.environment | {"OMP_WAIT_POLICY": "PASSIVE"},
+        env=service.environment,
     )
     return float(done.stdout.splitlines()[-1])
 

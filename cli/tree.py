@@ -23,8 +23,6 @@ def plan(settings: Settings, key: str) -> tuple[dict[str, str], dict[str, list[s
         "GRAFT_HOST": settings.host,
         "GRAFT_PORT": str(settings.port),
         "GRAFT_ADMIN_KEY": key,
-        # Trainer and engine share the processor: who waits must not spin.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
     programs: dict[str, list[str]] = {}
     if settings.broker_url is None:

@@ -19,8 +19,6 @@ from migrations.upgrade import upgrade
 from tests import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The tests' processes share two cores with each other: who waits must not spin.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -17,14 +17,13 @@ from typing import Any, Literal
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PR_SET_PDEATHSIG = 1
+_NICE = 10
 # What a trainer may know of its worker's environment: no database, storage or API credentials.
 _SECRET = ("GRAFT_", "AWS_", "CELERY_")
 
 
 def warm_up() -> None:
     """Start the fork server; it imports the libraries while the worker goes on."""
-    # Before OpenMP loads: two processes on the same cores must not spin while they wait for each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Look for GPUs without opening them: what is opened before the fork is broken after it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     _CONTEXT.set_forkserver_preload(["worker.preload", "worker.trainer"])
@@ -94,6 +93,9 @@ def start(function: str, *args: Any, patience: float) -> Child:
 def _main(function: str, args: tuple[Any, ...], pipe: Connection, patience: float) -> None:
     """The trainer's first steps: it must not outlive its worker, nor know its secrets."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Where processes share cores, their threads spin while they wait for each other, and both crawl.
+    # So one of them comes first: the answer somebody waits for, not the training.
+    os.nice(_NICE)
     # The fork server ends when the last holder of this descriptor is gone, and we are its children.
     with contextlib.suppress(OSError, TypeError):
         os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]

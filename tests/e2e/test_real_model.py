@@ -62,7 +62,7 @@ def job(service: Service) -> dict:
             "seed": 42,
             "lora": {"r": 16, "alpha": 32},
             "training": {
-                "max_steps": 16,
+                "max_steps": 24,
                 "effective_batch_size": 4,
                 "learning_rate": 1.5e-3,
                 "scheduler": "cosine",

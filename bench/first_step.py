@@ -8,14 +8,12 @@ what of it was loading the model.
 
 import argparse
 import statistics
-import tempfile
 import time
 from datetime import datetime
-from pathlib import Path
 
-from core import settings
+from bench.service import running
 from examples.demo import DATA, JOB, MAPPING
-from tests.service import Service
+from graft_client.client import Client
 
 
 def main() -> None:
@@ -26,38 +24,33 @@ def main() -> None:
         "training": JOB["training"] | {"max_steps": 1, "scheduler": "constant"}
     }
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        models = str(settings.load().models_folder)
-        service = Service(Path(folder) / "home", {"GRAFT_MODELS_DIR": models, "HF_HUB_OFFLINE": "1"})
-        try:
-            service.start()
-            with service.client() as client:
-                dataset = client.upload(DATA / "train.jsonl", mapping=MAPPING)["id"]
-                for number in range(options.jobs + 1):
-                    time.sleep(2)
-                    *_, job = client.watch(client.create_job({"dataset_id": dataset, **body})["id"])
-                    events = {
-                        e["type"] + str(e["data"].get("phase", "") if e["data"] else ""): e
-                        for e in client.events(job["id"])
-                    }
-                    posted = datetime.fromisoformat(job["created_at"])
-                    begun = (
-                        datetime.fromisoformat(events["phasetraining"]["created_at"]) - posted
-                    ).total_seconds()
-                    first = events["first_step"]["data"]
-                    if number:  # the first job waits for the fork server's imports
-                        rows.append((begun, first["seconds"], first["model_seconds"]))
-                        print(
-                            f"job {number}: training begins {begun:.2f} s, first step done {first['seconds']:.2f} s, "
-                            f"model {first['model_seconds']:.2f} s"
-                        )
-        finally:
-            service.stop()
+    with running() as service, service.client() as client:
+        dataset = client.upload(DATA / "train.jsonl", mapping=MAPPING)["id"]
+        for number in range(options.jobs + 1):
+            time.sleep(2)
+            *_, job = client.watch(client.create_job({"dataset_id": dataset, **body})["id"])
+            moments = measure(client, job)
+            if number:  # the first job waits for the fork server's imports
+                rows.append(moments)
+                begun, first, model = moments
+                print(
+                    f"job {number}: training begins {begun:.2f} s, first step done {first:.2f} s, "
+                    f"model {model:.2f} s"
+                )
     begun, first, model = (statistics.median(column) for column in zip(*rows, strict=True))
     print(
         f"median: training begins {begun:.2f} s after the post ({begun - model:.2f} s beyond loading the model), "
         f"first step done {first:.2f} s"
     )
+
+
+def measure(client: Client, job: dict) -> tuple[float, float, float]:
+    """Seconds from the post to the beginning of training and to the end of its first step; of the model."""
+    events = client.events(job["id"])
+    training = next(e for e in events if e["type"] == "phase" and e["data"]["phase"] == "training")
+    first = next(e for e in events if e["type"] == "first_step")["data"]
+    begun = datetime.fromisoformat(training["created_at"]) - datetime.fromisoformat(job["created_at"])
+    return begun.total_seconds(), first["seconds"], first["model_seconds"]
 
 
 if __name__ == "__main__":

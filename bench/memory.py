@@ -3,10 +3,9 @@
 python -m bench.memory
 """
 
-import tempfile
 from pathlib import Path
 
-from core import settings
+from bench.service import running
 from examples.demo import DATA, JOB, MAPPING
 from tests.service import Service
 
@@ -19,27 +18,20 @@ PARTS = {
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        models = str(settings.load().models_folder)
-        service = Service(Path(folder) / "home", {"GRAFT_MODELS_DIR": models, "HF_HUB_OFFLINE": "1"})
-        try:
-            service.start()
-            with service.client() as client:
-                client.jobs()
-                show(service, "after the start")
-                dataset = client.upload(DATA / "train.jsonl", mapping=MAPPING)["id"]
-                client.preview(dataset)
-                show(service, "after a preview (tokenizer loaded)")
-                body = {name: JOB[name] for name in ("seed", "lora")} | {
-                    "training": JOB["training"] | {"max_steps": 3}
-                }
-                for number in (1, 2):
-                    *_, job = client.watch(client.create_job({"dataset_id": dataset, **body})["id"])
-                    show(service, f"after job {number} ({job['status']})")
-                client.generate(prompt="Say hello.", max_new_tokens=8, adapter_id=job["adapter_id"])
-                show(service, "after a generation")
-        finally:
-            service.stop()
+    with running() as service, service.client() as client:
+        client.jobs()
+        show(service, "after the start")
+        dataset = client.upload(DATA / "train.jsonl", mapping=MAPPING)["id"]
+        client.preview(dataset)
+        show(service, "after a preview (tokenizer loaded)")
+        body = {name: JOB[name] for name in ("seed", "lora")} | {
+            "training": JOB["training"] | {"max_steps": 3}
+        }
+        for number in (1, 2):
+            *_, job = client.watch(client.create_job({"dataset_id": dataset, **body})["id"])
+            show(service, f"after job {number} ({job['status']})")
+        client.generate(prompt="Say hello.", max_new_tokens=8, adapter_id=job["adapter_id"])
+        show(service, "after a generation")
 
 
 def show(service: Service, when: str) -> None:

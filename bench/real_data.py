@@ -9,15 +9,12 @@ reference: SQL after lower-casing and collapsing spaces, JSON as the same object
 
 import argparse
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
 
-from core import settings
+from bench.service import running
 from examples.demo import MAPPING, SYSTEM
 from graft_client.client import Client
-from tests.service import Service
 
 SETS = ("sql_create_context", "restaurant_slots")
 
@@ -29,17 +26,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rows", type=int, default=40)
     options = parser.parse_args()
-    models = str(settings.load().models_folder)
-    with tempfile.TemporaryDirectory() as folder:
-        offline = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
-        service = Service(Path(folder) / "home", {"GRAFT_MODELS_DIR": models, **offline})
-        try:
-            service.start()
-            with service.client() as client:
-                for name in options.set or SETS:
-                    compare(client, options.folder / name, options.steps, options.rows)
-        finally:
-            service.stop()
+    with running() as service, service.client() as client:
+        for name in options.set or SETS:
+            compare(client, options.folder / name, options.steps, options.rows)
 
 
 def compare(client: Client, folder: Path, steps: int, count: int) -> None:

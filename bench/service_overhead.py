@@ -1,6 +1,6 @@
 """What does the service cost? A job's training phase over the same call made in a process of its own.
 
-    python -m bench.service_overhead [--steps 20] [--rounds 3]
+    python -m bench.service_overhead [--steps 40] [--rounds 4]
 
 Both train the default base model on the example data with the same seed, in turns, in one run. The
 weights must come out the same, bit for bit: else it would not be the same work.
@@ -12,10 +12,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import datetime
 from pathlib import Path
 
+from bench.service import running
 from core import settings
 from core.hashes import sha256
 from examples.demo import DATA, JOB, MAPPING
@@ -46,31 +46,31 @@ print(phases["saving"] - phases["training"])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=4)
     options = parser.parse_args()
     config = settings.load()
     spec = {name: JOB[name] for name in ("seed", "lora")}
     spec["training"] = JOB["training"] | {"max_steps": options.steps}
-    with tempfile.TemporaryDirectory() as folder:
-        service = Service(
-            Path(folder) / "home", {"GRAFT_MODELS_DIR": str(config.models_folder), "HF_HUB_OFFLINE": "1"}
-        )
-        try:
-            service.start()
-            served, direct = [], []
-            for turn in range(options.rounds):
+    served, direct = [], []
+    with running() as service, tempfile.TemporaryDirectory() as folder:
+        for turn in range(options.rounds):
+            work = Path(folder) / f"direct-{turn}"
+            # The order changes from round to round: neither always has the machine that is warmer.
+            if turn % 2:
+                direct.append(directly(service, spec, config, work))
                 seconds, weights = by_service(service, spec)
-                served.append(seconds)
-                print(f"round {turn + 1}: service {seconds:.2f} s", end="", flush=True)
-                work = Path(folder) / f"direct-{turn}"
-                seconds = directly(service, spec, config, work)
-                direct.append(seconds)
-                print(f", direct {seconds:.2f} s, ratio {served[-1] / seconds:.3f}")
-                if sha256(work / "adapter" / "adapter_model.safetensors") != weights:
-                    sys.exit("the two runs gave different weights")
-        finally:
-            service.stop()
+            else:
+                seconds, weights = by_service(service, spec)
+                direct.append(directly(service, spec, config, work))
+            served.append(seconds)
+            print(
+                f"round {turn + 1}: service {seconds:.2f} s, direct {direct[-1]:.2f} s, "
+                f"ratio {seconds / direct[-1]:.3f}",
+                flush=True,
+            )
+            if sha256(work / "adapter" / "adapter_model.safetensors") != weights:
+                sys.exit("the two runs gave different weights")
     print(
         f"median: service {statistics.median(served):.2f} s, direct {statistics.median(direct):.2f} s, "
         f"ratio {statistics.median(served) / statistics.median(direct):.3f} (same weights, bit for bit)"
@@ -102,7 +102,6 @@ def directly(service: Service, spec: dict, config: settings.Settings, work: Path
         str(DATA / "train.jsonl"),
         str(work),
     ]
-    time.sleep(1)
     done = subprocess.run(
         [sys.executable, "-c", DIRECT, json.dumps(arguments)],
         capture_output=True,

@@ -42,6 +42,8 @@ class Storage:
     def put(self, source: Path, key: str) -> None:
         """Store one file. It is whole under its key or not there at all.
 
+        The source must not be changed afterwards: in a folder on its own disk it is linked, not copied.
+
         Raises:
             StorageFull: no room left.
         """
@@ -49,10 +51,12 @@ class Storage:
         # A bucket shows an object only when its upload is complete; a folder needs the rename.
         part = target if self.local(key) is None else f"{target}.part"
         try:
-            self.fs.put_file(str(source), part)
+            if part == target or not _linked(source, Path(part)):
+                self.fs.put_file(str(source), part)
             if part != target:
                 _sync(Path(part))
                 Path(part).replace(target)
+                Path(part).unlink(missing_ok=True)  # renaming does nothing between two names of one file
                 _sync(Path(target).parent)
         except Exception as error:
             if is_disk_full(error):
@@ -105,6 +109,17 @@ def _found(key: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise NotFound("file_missing", f"{key} is not in the storage any more.") from error
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Give a file a second name, which takes no time and no room; False where that cannot be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)  # a part left over from a crash may be another file's second name
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another disk, or a file system without links
+        return False
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+import httpx2
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
 
 from core.errors import GraftError, NotFound, StorageFull, is_disk_full, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_SECONDS = 5
+_SERVER_ERROR = 500
+_NOT_ASKED = ", and the Hugging Face hub cannot be asked from here"
 _HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -104,11 +107,14 @@ def check(catalogue: Catalogue, name: str) -> BaseModel:
     if model.ready or model.source != "hub":
         return model
     try:
-        hf_hub_download(model.origin, "config.json", etag_timeout=_HUB_SECONDS)
-    except LocalEntryNotFoundError as error:  # before its parent, which means: asked, and not there
-        raise _not_found(catalogue, name, ", and the Hugging Face hub cannot be asked from here") from error
-    except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
-        raise _not_found(catalogue, name, ", on the Hugging Face hub neither") from error
+        # Without retries: somebody waits for this answer.
+        get_hf_file_metadata(hf_hub_url(model.origin, "config.json"), timeout=_HUB_SECONDS)
+    except GatedRepoError as error:
+        raise _not_found(catalogue, name, ": it is gated, and HF_TOKEN holds no right to read it") from error
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        answered = isinstance(error, HfHubHTTPError) and error.response.status_code < _SERVER_ERROR
+        why = ", on the Hugging Face hub neither" if answered else _NOT_ASKED
+        raise _not_found(catalogue, name, why) from error
     return model
 
 

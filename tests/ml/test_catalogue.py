@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,33 @@ def test_a_hub_that_cannot_be_asked_is_told(offline: str) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True, env=environment)
     assert "the Hugging Face hub cannot be asked from here" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (404, "RepoNotFound", "on the Hugging Face hub neither"),
+        (403, "GatedRepo", "it is gated"),
+        (503, "", "the Hugging Face hub cannot be asked from here"),
+    ],
+)
+def test_what_the_hub_says_is_told(status: int, code: str, words: str) -> None:
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            """Be silent."""
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
+        done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True, env=environment)
+        server.shutdown()
+    assert words in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ Python's parser takes NaN, half surrogate pairs and endless nesting; the databas
 the stack would fail on them later. Here they are a plain 400.
 """
 
-import json
-import math
 from typing import Any
 from urllib.parse import unquote
 
@@ -16,10 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.deps import authenticate
 from api.errors import render
+from core import strict_json
 from core.errors import BadRequest, NotFound
+from core.strict_json import JsonError
 
 MAX_DEPTH = 32
 JSON_MAX_BYTES = 8 * 1024**2
+_UPLOADS = ("/datasets", "/datasets/validate")
 
 
 class StrictRequest(Request):
@@ -54,61 +55,15 @@ def parse(body: bytes) -> Any:
         BadRequest: `invalid_json`, status 400.
     """
     try:
-        value = json.loads(
-            body.decode("utf-8"), parse_constant=_constant, parse_float=_float, object_pairs_hook=_object
-        )
-        if "\\u" in repr(body) or b"\x00" in body:
-            json.dumps(value, ensure_ascii=False).encode()
-        _check(value, MAX_DEPTH)
-    except json.JSONDecodeError as error:
-        raise _invalid(f"{error.msg} at line {error.lineno} column {error.colno}") from error
-    except UnicodeEncodeError as error:
-        raise _invalid("it holds half of a surrogate pair") from error
+        return strict_json.loads(body.decode("utf-8"), depth=MAX_DEPTH)
     except UnicodeDecodeError as error:
-        raise _invalid("it is not UTF-8") from error
-    except RecursionError as error:
-        raise _invalid("it is nested too deeply") from error
-    except ValueError as error:
-        raise _invalid(str(error)) from error
-    return value
-
-
-def _check(value: Any, left: int) -> None:
-    if isinstance(value, str) and "\x00" in value:
-        raise ValueError("it holds a NUL character")
-    if not isinstance(value, dict | list):
-        return
-    if left == 0:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
-    if isinstance(value, dict):
-        for name in value:
-            _check(name, left)
-    for item in value.values() if isinstance(value, dict) else value:
-        _check(item, left - 1)
-
-
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is too large a number")
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'the field "{twice[:60]}" stands in it twice')
-    return result
+        raise _invalid("It is not UTF-8.") from error
+    except JsonError as error:
+        raise _invalid(error.message) from error
 
 
 def _invalid(what: str) -> BadRequest:
-    return BadRequest("invalid_json", f"The request body is not valid JSON: {what}.", status=400)
+    return BadRequest("invalid_json", f"The request body cannot be read. {what}", status=400)
 
 
 class LimitBody:
@@ -122,7 +77,7 @@ class LimitBody:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        is_upload = scope["method"] == "POST" and scope["path"].rstrip("/") == "/datasets"
+        is_upload = scope["method"] == "POST" and scope["path"].rstrip("/") in _UPLOADS
         limit = self.upload_max_bytes if is_upload else JSON_MAX_BYTES
         error = BadRequest(
             "body_too_large",

@@ -37,7 +37,7 @@ def report(kind, /, **values):
 Path(work).mkdir()
 sft.train(
     Run(catalogue.find(catalogue.Catalogue(Path(models), {}), model), config.settle(config.Spec(**spec)),
-        Source(Path(data), Reading("jsonl", "mapping", mapping, 2**22)), None, None, Path(work)),
+        Source(Path(data), Reading("jsonl", False, "mapping", mapping)), None, None, Path(work)),
     report, lambda: False,
 )
 print(phases["saving"] - phases["training"])

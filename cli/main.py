@@ -1,23 +1,20 @@
 """The `graft` command: `up` runs the service, the rest are small clients of its HTTP API."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from cli import show
+from cli import data, show
+from cli.connect import HOME, URL, Home, Key, Url, accept_any_text, connected, console, fail, mapping_of
 from cli.up import up as run_up
 from core.errors import GraftError
-from graft_client.client import ApiError, Client, UnreachableError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,18 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune language models on your own machines.",
 )
-console = Console()
-errors = Console(stderr=True)
+app.add_typer(data.app, name="data")
 
-Url = Annotated[str, typer.Option("--url", envvar="GRAFT_CLIENT_URL", help="Address of the service.")]
-Key = Annotated[
-    str | None,
-    typer.Option("--key", envvar="GRAFT_CLIENT_KEY", help="API key; default: admin.key of the home folder."),
-]
-Home = Annotated[Path, typer.Option("--home", envvar="GRAFT_HOME", help="Home folder of the service.")]
 
-_URL = "http://127.0.0.1:8000"
-_HOME = Path(".graft")
+@app.callback()
+def prepare() -> None:
+    accept_any_text()
 
 
 @app.command()
@@ -49,18 +40,23 @@ def up(
     try:
         run_up(host, port, home)
     except GraftError as error:
-        errors.print(error.message, style="red", markup=False)
-        raise typer.Exit(1) from None
+        fail(error.message, code=1)
 
 
 @app.command()
 def train(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Data set: JSON Lines or CSV.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, dir_okay=False, help="Data set: JSON Lines, a JSON array, CSV or Parquet."
+        ),
+    ],
     model: Annotated[str | None, typer.Option(help="Base model; default: the service's.")] = None,
     mapping: Annotated[
         str | None,
         typer.Option(help='JSON, or @FILE: {"messages": [{"role": …, "content": "{column}"}]}'),
     ] = None,
+    format_: Annotated[str, typer.Option("--format", help="Format of the data set.")] = "auto",
     validation: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Held-back rows, read the same way."),
@@ -72,18 +68,20 @@ def train(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to save the adapter's zip.")
     ] = None,
-    url: Url = _URL,
+    url: Url = URL,
     key: Key = None,
-    home: Home = _HOME,
+    home: Home = HOME,
 ) -> None:
     """Upload a data set, train an adapter on it, and show how it goes."""
-    parts = _mapping(mapping)
-    with _client(url, key, home) as client:
-        dataset = client.upload(file, name=name, mapping=parts)
+    parts = mapping_of(mapping)
+    with connected(url, key, home) as client:
+        dataset = client.upload(file, name=name, mapping=parts, format=format_)
         console.print(f"Data set {dataset['id']}: {dataset['rows']} rows, format {dataset['format']}.")
         body: dict[str, Any] = {"dataset_id": dataset["id"], "training": {}}
         if validation is not None:
-            body["validation"] = {"dataset_id": client.upload(validation, mapping=parts)["id"]}
+            body["validation"] = {
+                "dataset_id": client.upload(validation, mapping=parts, format=format_)["id"]
+            }
         chosen = {"max_steps": steps, "epochs": epochs, "learning_rate": learning_rate}
         body["training"] = {field: value for field, value in chosen.items() if value is not None}
         body |= {field: value for field, value in {"model": model, "name": name}.items() if value is not None}
@@ -99,13 +97,13 @@ def train(
 @app.command()
 def jobs(
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
-    url: Url = _URL,
+    url: Url = URL,
     key: Key = None,
-    home: Home = _HOME,
+    home: Home = HOME,
 ) -> None:
     """List the newest jobs."""
     table = Table("name", "status", "step", "loss", Column("job and adapter", no_wrap=True), box=SIMPLE)
-    with _client(url, key, home) as client:
+    with connected(url, key, home) as client:
         for job in client.jobs(limit):
             loss = job["metrics"].get("train_loss")
             step = f"{job['progress']['step']}/{job['progress']['total_steps'] or '?'}"
@@ -129,14 +127,14 @@ def chat(
         str | None, typer.Option("--message", "-m", help="Say this one thing and leave.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    url: Url = _URL,
+    url: Url = URL,
     key: Key = None,
-    home: Home = _HOME,
+    home: Home = HOME,
 ) -> None:
     """Talk to a base model or an adapter; an empty line ends it."""
     turns = [{"role": "system", "content": system}] if system else []
     which = {name: value for name, value in {"adapter_id": adapter, "model": model}.items() if value}
-    with _client(url, key, home) as client:
+    with connected(url, key, home) as client:
         for text in [message] if message else _lines():
             turns.append({"role": "user", "content": text})
             answer = ""
@@ -147,44 +145,6 @@ def chat(
                     sys.stdout.flush()
             sys.stdout.write("\n")
             turns.append({"role": "assistant", "content": answer})
-
-
-@contextmanager
-def _client(url: str, key: str | None, home: Path) -> Iterator[Client]:
-    """A client; what goes wrong in it is told in a line or two."""
-    file = home / "admin.key"
-    if key is None and not file.is_file():
-        errors.print(
-            f"No API key: give --key or GRAFT_CLIENT_KEY, or run where {file} lies.",
-            style="red",
-            markup=False,
-        )
-        raise typer.Exit(1)
-    try:
-        with Client(url, key or file.read_text().strip()) as client:
-            yield client
-    except ApiError as error:
-        errors.print(error.message, style="red", markup=False)
-        for item in error.errors[:10]:
-            errors.print(f"  {item.get('line') or item.get('field')}: {item['message']}", markup=False)
-        if error.hint:
-            errors.print(error.hint, markup=False)
-        raise typer.Exit(1) from None
-    except UnreachableError as error:
-        errors.print(f"{error} Start it with: graft up", style="red", markup=False)
-        raise typer.Exit(1) from None
-
-
-def _mapping(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint="--mapping") from error
-    if not isinstance(value, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint="--mapping")
-    return value
 
 
 def _lines() -> Iterator[str]:

@@ -1,11 +1,20 @@
-"""Jobs on a terminal: a live bar with loss and time left, and the outcome."""
+"""What the commands print: a job with its live bar and outcome, and what is in a data set."""
 
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
+from cli import tokens
+from cli.tokens import visible
 from graft_client.client import Client
+
+_TRAINED = {
+    "assistant": "every answer of the assistant, with its end; weight 0 is left out",
+    "completion": "the last answer of each row, with its end",
+    "all": "every token",
+}
+_DIFF_STYLES = {"-": "red", "+": "green", "@": "cyan"}
 
 
 def follow(console: Console, client: Client, job_id: str) -> dict[str, Any]:
@@ -48,6 +57,119 @@ def outcome(console: Console, job: dict[str, Any]) -> None:
     console.print(f"Job {job['status']}. {error.get('message', '')}", markup=False)
     if error.get("hint"):
         console.print(error["hint"], markup=False)
+
+
+def report(console: Console, name: str, found: dict[str, Any]) -> None:
+    """What a validation found: format, rows, lengths, errors, warnings and the repair."""
+    can = "can be trained" if found["valid"] else "cannot be trained as it is"
+    _say(console, f"{name} {can}.", style="bold green" if found["valid"] else "bold red")
+    facts = found["report"]
+    if detection := facts.get("detection"):
+        layout = f' in the layout "{detection["layout"]}"' if detection["layout"] else ""
+        _say(console, f"format    {found['format']}{layout}, {detection['confidence']}: {detection['why']}")
+        if detection["alternatives"]:
+            _say(console, f"          It could also be: {', '.join(detection['alternatives'])}.")
+    if found["columns"]:
+        _say(console, f"columns   {', '.join(found['columns'])}")
+    if found["rows"]:
+        _say(console, f"rows      {found['rows']}")
+    if any((length := facts.get("length") or {}).values()):
+        half, most, longest = length["p50"], length["p95"], length["max"]
+        _say(
+            console,
+            f"length    half of the rows up to {half} characters, 95 % up to {most}, the longest {longest}",
+        )
+    _errors(console, found)
+    if warnings := facts.get("warnings"):
+        _say(console, f"warnings  {facts['warning_count']}", style="yellow")
+        for warning in warnings:
+            _say(console, f"  {warning['message']}{_lines(warning)}")
+    if found["repair"]:
+        _repair(console, found["repair"])
+
+
+def preview(console: Console, dataset: dict[str, Any], shown: dict[str, Any]) -> None:
+    """The previewed rows of a data set, with what is trained of them."""
+    by = dataset["mapping"] or {}
+    layout = f' in the layout "{by["layout"]}"' if by.get("layout") else ""
+    _say(console, f"{dataset['name']}: {dataset['rows']} rows, format {dataset['format']}{layout}")
+    _say(console, f"model     {shown['model']}")
+    if "text" in by and not layout:
+        _say(console, "template  none: the rows are plain texts\ntrained   the whole text, with its end")
+    else:
+        own = "the model's own" if shown["template"] == "model" else "plain text, as the model has none"
+        _say(console, f"template  {own} (sha256 {shown['template_sha256'][:12]})")
+        _say(console, f"trained   {_TRAINED[shown['loss_on']]}")
+    for row in shown["rows"]:
+        _say(
+            console,
+            f"\nline {row['line']}: {row['n_tokens']} tokens, {row['n_trained']} trained{_faults(row)}",
+            "bold",
+        )
+        tokens.print_row(console, row)
+        if len(row["tokens"]) < row["n_tokens"]:
+            _say(console, f"… the first {len(row['tokens'])} tokens of it are shown.")
+    totals, ends = shown["totals"], sum(row["ends_trained"] for row in shown["rows"])
+    _say(
+        console,
+        f"\n{tokens.legend(console)}: {totals['trained']} of {totals['tokens']} tokens in {totals['rows']} rows. "
+        f"Too long: {totals['too_long']}, truncated: {totals['truncated']}. "
+        f"The end is trained in {ends} of {totals['rows']} rows.",
+    )
+
+
+def _errors(console: Console, found: dict[str, Any]) -> None:
+    if not found["errors"]:
+        return
+    _say(console, f"errors    {found['error_count']}", style="red")
+    listed = [
+        (f"line {item['line']}" if item["line"] else "file", item["field"], _told(item, found["mapping"]))
+        for item in found["errors"]
+    ]
+    where, what = max(len(item[0]) for item in listed), max(len(item[1]) for item in listed)
+    for line, field, told in listed:
+        _say(console, f"  {line:<{where}}  {field:<{what}}  {told}")
+    if (left := found["error_count"] - len(listed)) > 0:
+        _say(console, f"  and {left} more")
+
+
+def _told(item: dict[str, Any], mapping: Any) -> str:
+    # This hint would be the mapping, which is printed below, ready to be copied.
+    said_below = mapping is not None and (item["code"], item["field"]) == ("unknown_format", "mapping")
+    return f"{item['message']}  ({item['hint']})" if item["hint"] and not said_below else str(item["message"])
+
+
+def _lines(warning: dict[str, Any]) -> str:
+    if not warning["lines"]:
+        return ""
+    more = ", …" if warning["count"] > len(warning["lines"]) else ""
+    word = "line" if warning["count"] == 1 else "lines"
+    return f"  ({word} {', '.join(map(str, warning['lines']))}{more})"
+
+
+def _repair(console: Console, repair: dict[str, Any]) -> None:
+    _say(
+        console,
+        f"repair    {repair['rows']} rows, {repair['changed']} of them changed, {repair['left_out']} left out; the first:",
+        style="cyan",
+    )
+    for line in repair["diff"].splitlines():
+        _say(console, f"  {line}", style=_DIFF_STYLES.get(line[:1]))
+
+
+def _faults(row: dict[str, Any]) -> str:
+    faults = []
+    if row["truncated"]:
+        faults.append("truncated")
+    elif row["too_long"]:
+        faults.append("too long even without its prompt")
+    if not row["ends_trained"]:
+        faults.append("its end is not trained")
+    return "".join(f", {fault}" for fault in faults)
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _facts(job: dict[str, Any]) -> str:

@@ -64,7 +64,11 @@ class Settings(BaseSettings):
     )
     worker_slots: int = Field(1, ge=1, description="Jobs one worker runs at a time.")
     upload_max_bytes: int = Field(2 * 1024**3, ge=1, description="Largest data set file.")
+    unpacked_max_bytes: int = Field(8 * 1024**3, ge=1, description="Largest data set file once unpacked.")
     line_max_bytes: int = Field(4 * 1024**2, ge=1, description="Longest line of a data set file.")
+    rows_max: int = Field(10_000_000, ge=1, description="Most rows of a data set.")
+    columns_max: int = Field(256, ge=1, description="Most columns of a data set.")
+    nesting_max: int = Field(32, ge=1, le=200, description="Deepest nesting of a row.")
     log_level: str = Field("INFO", description="Python log level.")
 
     @field_validator("home", "models_dir", mode="after")

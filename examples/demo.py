@@ -19,9 +19,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from cli import show
+from cli import show, tokens
 from examples.text_to_sql.score import score
 from graft_client.client import ApiError, Client, UnreachableError
 
@@ -134,13 +133,11 @@ def _wait(up: "subprocess.Popen[str]", port: int) -> str:
 
 def _show_preview(preview: dict[str, Any]) -> None:
     for row in preview["rows"]:
-        text = Text()
-        for token in row["tokens"]:
-            text.append(token["text"], style="bold green" if token["trained"] else "dim")
-        console.print(text)
+        tokens.print_row(console, row)
+        console.print()
     totals = preview["totals"]
     console.print(
-        f"Green is trained: {totals['trained']} of {totals['tokens']} tokens, the end of the answer among them."
+        f"{tokens.legend(console)}: {totals['trained']} of {totals['tokens']} tokens, the end of the answer among them."
     )
 
 

@@ -1,6 +1,7 @@
 """A small typed client of the HTTP API."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ class UnreachableError(Exception):
 
 class Client:
     def __init__(self, url: str, key: str, *, timeout: float = 600) -> None:
-        headers = {"authorization": f"Bearer {key}"}
+        headers = {b"authorization": f"Bearer {key}".encode("utf-8", "replace")}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(timeout, connect=5))
 
     def __enter__(self) -> "Client":
@@ -47,10 +48,54 @@ class Client:
         except httpx.HTTPError:
             return False
 
-    def upload(self, file: Path, *, name: str | None = None, mapping: Json | None = None) -> Json:
-        form = {"name": name or file.name} | ({"mapping": json.dumps(mapping)} if mapping else {})
+    def upload(
+        self,
+        file: Path,
+        *,
+        name: str | None = None,
+        mapping: Json | None = None,
+        format: str = "auto",  # noqa: A002 - the field's name in the contract
+    ) -> Json:
+        form = _form(format, mapping) | ({"name": name} if name else {})
         with file.open("rb") as stream:
-            return self._call("POST", "/datasets", data=form, files={"file": (file.name, stream)})
+            return self._call("POST", "/datasets", data=form, files={"file": (_name(file), stream)})
+
+    def validate(
+        self,
+        file: Path,
+        *,
+        format: str = "auto",  # noqa: A002
+        mapping: Json | None = None,
+        compare_with: str | None = None,
+    ) -> Json:
+        """What an upload would say; nothing is kept. `compare_with` names a data set to share no rows with."""
+        form = _form(format, mapping) | ({"compare_with": compare_with} if compare_with else {})
+        with file.open("rb") as stream:
+            return self._call("POST", "/datasets/validate", data=form, files={"file": (_name(file), stream)})
+
+    def repaired(
+        self,
+        file: Path,
+        target: Path,
+        *,
+        format: str = "auto",  # noqa: A002
+        mapping: Json | None = None,
+    ) -> None:
+        """Write the repaired file to `target`. Raises ApiError `not_repairable`."""
+        form = _form(format, mapping) | {"repaired": "true"}
+        with (
+            file.open("rb") as stream,
+            self._stream(
+                "POST", "/datasets/validate", data=form, files={"file": (_name(file), stream)}
+            ) as response,
+        ):
+            _write(response, target)
+
+    def dataset(self, dataset_id: str) -> Json:
+        return self._call("GET", f"/datasets/{dataset_id}")
+
+    def delete_dataset(self, dataset_id: str) -> Json:
+        return self._call("DELETE", f"/datasets/{dataset_id}")
 
     def preview(self, dataset_id: str, **query: Any) -> Json:
         return self._call("GET", f"/datasets/{dataset_id}/preview", params=query)
@@ -101,14 +146,8 @@ class Client:
 
     def download(self, adapter_id: str, target: Path) -> None:
         """Write the adapter's zip to `target`; a broken download leaves no file there."""
-        part = target.with_name(target.name + ".part")
-        with (
-            self._stream("GET", f"/adapters/{adapter_id}/download") as response,
-            part.open("wb") as file,
-        ):
-            for chunk in response.iter_bytes():
-                file.write(chunk)
-        part.rename(target)
+        with self._stream("GET", f"/adapters/{adapter_id}/download") as response:
+            _write(response, target)
 
     def generate(self, **body: Any) -> Json:
         return self._call("POST", "/generate", json=body)
@@ -132,7 +171,10 @@ class Client:
         except httpx.TransportError as error:
             raise UnreachableError(f"No Graft service answers at {self._http.base_url}.") from error
         _raise_for(response)
-        body: Json = response.json()
+        try:
+            body: Json = response.json()
+        except ValueError as error:
+            raise UnreachableError(f"What answers at {self._http.base_url} is no Graft service.") from error
         return body
 
     def _stream(self, method: str, path: str, **options: Any) -> "_Streamed":
@@ -155,8 +197,27 @@ class _Streamed:
         _raise_for(self._response)
         return self._response
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._response.close()
+        if isinstance(error, httpx.TransportError):
+            raise UnreachableError(f"The connection to {self._http.base_url} broke.") from error
+
+
+def _name(file: Path) -> str:
+    """The file's name as text, whatever bytes it is made of."""
+    return os.fsencode(file.name).decode("utf-8", "replace")
+
+
+def _form(format: str, mapping: Json | None) -> dict[str, str]:  # noqa: A002
+    return {"format": format} | ({"mapping": json.dumps(mapping)} if mapping is not None else {})
+
+
+def _write(response: httpx.Response, target: Path) -> None:
+    part = target.with_name(target.name + ".part")
+    with part.open("wb") as file:
+        for chunk in response.iter_bytes():
+            file.write(chunk)
+    part.rename(target)
 
 
 def _raise_for(response: httpx.Response) -> None:

@@ -25,7 +25,7 @@ def fetch_dataset(context: Context, dataset: Dataset, target: Path) -> Source:
             "dataset_damaged",
             f"The stored file of data set {dataset.id} is not the one that was uploaded.",
         )
-    return Source(target, datasets.reading(dataset, context.settings.line_max_bytes))
+    return Source(target, datasets.reading(dataset, datasets.limits(context.settings)))
 
 
 def fetch_checkpoint(context: Context, row: Checkpoint, folder: Path) -> bool:

@@ -12,6 +12,12 @@ from core.control.tables import Job
 from worker import artifacts, child
 from worker.context import Context
 
+_PLAN_NOTES = {
+    "dropped": "rows are too long and left out",
+    "truncated": "rows are too long and lost the beginning of their prompt",
+    "in_both": "validation rows are trained too, so their loss proves nothing",
+}
+
 
 @dataclass
 class Attempt:
@@ -93,16 +99,18 @@ def _record(
     elif kind == "plan":
         job.spec = columns["spec"] = data["spec"] | {"validation": job.spec.get("validation")}
         columns["total_steps"] = data["total_steps"]
-        dropped = data["dropped"]
         message = (
             f"{data['rows']} rows, {data['trained_tokens']} trained tokens, {data['total_steps']} steps."
         )
+        notes = [
+            f" {data[name]['count']} {words}." for name, words in _PLAN_NOTES.items() if data[name]["count"]
+        ]
         events.add(
             session,
             job.id,
             "plan",
-            message + (f" {len(dropped)} rows are too long and left out." if dropped else ""),
-            level="warning" if dropped else "info",
+            message + "".join(notes),
+            level="warning" if notes else "info",
             data={name: value for name, value in data.items() if name != "spec"},
         )
     elif kind == "model_loaded":

@@ -2,31 +2,47 @@
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any, NamedTuple
+from urllib.parse import quote
 
-from fastapi import APIRouter, Form, Query, Request, Response, UploadFile
+from fastapi import APIRouter, Form, Request, Response, UploadFile
+from fastapi.responses import StreamingResponse
 from starlette.datastructures import FormData
 
 from api.deps import CallerDep, PageDep, Services, ServicesDep
 from api.files import respond
-from api.requests import StrictRoute, parse
+from api.requests import MAX_DEPTH, StrictRoute
 from api.schemas.common import Deleted, Listing
-from api.schemas.datasets import DatasetOut, Preview, PreviewRow, Token
+from api.schemas.datasets import DatasetOut, ValidationOut
+from core import strict_json
 from core.control import datasets, db
 from core.control.db import DatabaseUnavailable
 from core.control.tables import Dataset
-from core.errors import BadRequest, GraftError, StorageFull, is_disk_full, nearest
-from core.ml import catalogue, prompts
-from core.ml.formats import validate
-from core.ml.prompts import Contract, LossOn, Message
+from core.errors import BadRequest, StorageFull, is_disk_full, nearest
+from core.ml.formats import repair, validate
+from core.ml.formats.findings import Findings
+from core.ml.formats.repair import Examination
+from core.strict_json import JsonError
 
 router = APIRouter(prefix="/datasets", tags=["data sets"], route_class=StrictRoute)
 
-# A preview is for eyes: longer rows are shown to here, and no further rows after them.
-_SHOWN_TOKENS = 20_000
-_FIELDS = ("file", "name", "format", "mapping")
+_MEDIA_TYPES = {
+    "jsonl": "application/x-ndjson",
+    "json": "application/json",
+    "csv": "text/csv",
+    "parquet": "application/vnd.apache.parquet",
+}
+_FIELDS = ("file", "name", "format", "mapping", "compare_with")
+_CHUNK = 1024**2
+
+
+class _Upload(NamedTuple):
+    path: Path
+    size: int
+    sha256: str
 
 
 @router.post("", status_code=201)
@@ -38,24 +54,32 @@ def create(
     name: Annotated[str | None, Form(max_length=128, pattern=r"^[^\x00-\x1f]*$")] = None,
     format: Annotated[str, Form(max_length=40)] = "auto",  # noqa: A002 - the field's name in the contract
     mapping: Annotated[str | None, Form(max_length=100_000)] = None,
+    compare_with: Annotated[str | None, Form(max_length=60)] = None,
 ) -> DatasetOut:
-    """Keep a data set, if every row of it can be trained."""
-    _refuse_unknown(request)
-    with tempfile.TemporaryDirectory(dir=services.settings.uploads) as folder:
-        path = Path(folder) / "data"
-        size, sha256 = _receive(file, path)
-        report = validate.inspect(
-            path,
-            kind=format,
-            mapping=_mapping(mapping),
-            line_max_bytes=services.settings.line_max_bytes,
-        )
-        if report.error_count:
+    """Keep a data set, if every row of it can be trained.
+
+    `compare_with` names a data set that must not share rows with this one, as a validation file must
+    not with its training file: shared rows are a warning.
+    """
+    _refuse_unknown(request, _FIELDS)
+    other = _other(services, caller.project_id, compare_with)
+    filename = _clean(file.filename)
+    by = _mapping(mapping)
+    with _received(services, file) as upload:
+        with upload.path.open("rb") as data:
+            report = validate.inspect(
+                data,
+                kind=format,
+                mapping=by,
+                filename=filename,
+                limits=datasets.limits(services.settings),
+                other=other,
+            )
+        if report.error_count or report.detection is None:
             raise validate.refuse(report)
         dataset_id = datasets.fresh_id()
         key = f"datasets/{dataset_id}/data"
-        services.storage.put(path, key)
-    filename = _clean(file.filename)
+        services.storage.put(upload.path, key)
     try:
         with services.sessions.begin() as session:
             row = datasets.create(
@@ -64,13 +88,13 @@ def create(
                 id=dataset_id,
                 name=name or filename,
                 filename=filename,
-                file_type=report.file_type,
-                format=report.format,
-                mapping=_mapping(mapping),
+                file_type=datasets.kept_type(report.file_type, report.packed),
+                format=report.detection.format,
+                mapping=report.detection.mapping,
                 columns=report.columns,
                 rows=report.rows,
-                bytes=size,
-                sha256=sha256,
+                bytes=upload.size,
+                sha256=upload.sha256,
                 report=report.summary(),
             )
     except DatabaseUnavailable:
@@ -79,6 +103,37 @@ def create(
         services.storage.delete(key)
         raise
     return DatasetOut.of(row)
+
+
+@router.post("/validate", response_model=ValidationOut)
+def validate_(
+    file: UploadFile,
+    services: ServicesDep,
+    caller: CallerDep,
+    request: Request,
+    format: Annotated[str, Form(max_length=40)] = "auto",  # noqa: A002 - the field's name in the contract
+    mapping: Annotated[str | None, Form(max_length=100_000)] = None,
+    compare_with: Annotated[str | None, Form(max_length=60)] = None,
+    repaired: Annotated[bool, Form()] = False,
+) -> ValidationOut | Response:
+    """What an upload would say, with the repair where there is one; nothing is kept.
+
+    With `repaired` the answer is the repaired file itself, as JSON Lines.
+    """
+    _refuse_unknown(request, (*_FIELDS, "repaired"))
+    other = _other(services, caller.project_id, compare_with)
+    limits = datasets.limits(services.settings)
+    filename = _clean(file.filename)
+    by = _mapping(mapping)
+    # Not closed here: it may still be on its way to the client when this function has returned.
+    target = tempfile.TemporaryFile(dir=services.settings.uploads)  # noqa: SIM115
+    with _received(services, file) as upload, upload.path.open("rb") as data:
+        checked = repair.examine(
+            data, target, kind=format, mapping=by, filename=filename, limits=limits, other=other
+        )
+    if repaired:
+        return _repaired_file(checked, target, filename)
+    return ValidationOut.of(checked, filename=filename, bytes=upload.size, sha256=upload.sha256)
 
 
 @router.get("")
@@ -106,95 +161,52 @@ def delete(dataset_id: str, services: ServicesDep, caller: CallerDep) -> Deleted
 def content(dataset_id: str, request: Request, services: ServicesDep, caller: CallerDep) -> Response:
     """The file as it was uploaded."""
     row = _get(services, caller.project_id, dataset_id)
-    media_type = "text/csv" if row.file_type == "csv" else "application/x-ndjson"
     return respond(
         services,
         request,
         row.key,
         filename=row.filename,
         etag=row.sha256,
-        media_type=media_type,
+        media_type=_MEDIA_TYPES.get(row.file_type, "application/gzip"),
         modified=row.created_at,
     )
 
 
-@router.get("/{dataset_id}/preview")
-def preview(
-    dataset_id: str,
-    services: ServicesDep,
-    caller: CallerDep,
-    model: Annotated[str | None, Query(max_length=200)] = None,
-    n: Annotated[int, Query(ge=1, le=100)] = 3,
-    loss_on: LossOn = "assistant",
-    max_length: Annotated[int | None, Query(ge=8)] = None,
-) -> Preview:
-    """The first rows token by token, through the same function that feeds the trainer."""
-    row = _get(services, caller.project_id, dataset_id)
-    base = catalogue.find(services.catalogue, model or services.settings.default_model)
-    if not base.ready:
-        raise GraftError(
-            "model_not_ready",
-            f"The files of base model {base.name} are not here yet.",
-            status=503,
-            hint="A worker brings them when it starts or when the first job needs them.",
-        )
-    contract = prompts.load_cached(base.path)
-    rows = []
+def _other(services: Services, project_id: str, dataset_id: str | None) -> Findings | None:
+    if dataset_id is None:
+        return None
+    with db.reading(services.sessions) as session:
+        row = datasets.get(session, project_id, dataset_id, param="compare_with")
     with services.storage.open(row.key) as file:
-        for line, messages in validate.conversations(
-            file, datasets.reading(row, services.settings.line_max_bytes)
-        ):
-            rows.append(_preview_row(contract, line, messages, loss_on, max_length))
-            if len(rows) == n or sum(shown.n_tokens for shown in rows) > _SHOWN_TOKENS:
-                break
-    return Preview(
-        dataset_id=row.id,
-        model=base.name,
-        loss_on=loss_on,
-        max_length=max_length,
-        template_sha256=contract.template_sha256,
-        stop_token_ids=list(contract.stop_token_ids),
-        rows=rows,
-        totals={
-            "rows": len(rows),
-            "tokens": sum(r.n_tokens for r in rows),
-            "trained": sum(r.n_trained for r in rows),
-        },
-    )
+        return validate.findings_of(file, datasets.reading(row, datasets.limits(services.settings)))
 
 
-def _refuse_unknown(request: Request) -> None:
+def _repaired_file(checked: Examination, target: IO[bytes], filename: str) -> Response:
+    if checked.repair is None:
+        raise BadRequest(
+            "not_repairable",
+            "The file is right as it is." if checked.valid else "No row of the file can be repaired.",
+            param="repaired",
+        )
+    target.seek(0)
+    name = filename.split(".")[0] + ".repaired.jsonl"
+    headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
+    chunks = iter(lambda: target.read(_CHUNK), b"")
+    return StreamingResponse(chunks, media_type="application/x-ndjson", headers=headers)
+
+
+def _refuse_unknown(request: Request, fields: Sequence[str]) -> None:
     """A misspelt form field must not be passed over: FastAPI would."""
     form = getattr(request, "_form", None) or FormData()
     if len(form.getlist("file")) > 1:
         raise BadRequest("invalid_request", "The request has more than one file.", param="file")
     for field in form:
-        if field not in _FIELDS:
-            near = nearest(field, _FIELDS)
+        if field not in fields:
+            near = nearest(field, fields)
             hint = f'Did you mean "{near}"?' if near else None
             raise BadRequest(
                 "invalid_request", f'There is no field "{field[:60]}".', param=field[:60], hint=hint
             )
-
-
-def _preview_row(
-    contract: Contract, line: int, messages: Sequence[Message], loss_on: LossOn, max_length: int | None
-) -> PreviewRow:
-    encoded = prompts.encode(contract, messages, loss_on=loss_on)
-    ids = encoded.ids[:_SHOWN_TOKENS]
-    tokens = [
-        Token(id=token, text=text, trained=trained)
-        for token, text, trained in zip(ids, prompts.pieces(contract, ids), encoded.trained, strict=False)
-    ]
-    return PreviewRow(
-        line=line,
-        text=prompts.text_of(contract, ids),
-        tokens=tokens,
-        n_tokens=len(encoded.ids),
-        n_trained=sum(encoded.trained),
-        truncated=False,
-        too_long=max_length is not None and len(encoded.ids) > max_length,
-    )
 
 
 def _get(services: Services, project_id: str, dataset_id: str) -> Dataset:
@@ -202,30 +214,36 @@ def _get(services: Services, project_id: str, dataset_id: str) -> Dataset:
         return datasets.get(session, project_id, dataset_id)
 
 
-def _receive(file: UploadFile, path: Path) -> tuple[int, str]:
-    """Copy an upload to `path`; its size and sha256."""
+@contextmanager
+def _received(services: Services, file: UploadFile) -> Iterator[_Upload]:
+    """An upload as a file of its own, gone again afterwards. A disk that gets full meanwhile is said."""
     digest, size = hashlib.sha256(), 0
     try:
-        with path.open("wb") as target:
-            while chunk := file.file.read(1024 * 1024):
-                digest.update(chunk)
-                size += len(chunk)
-                target.write(chunk)
+        with tempfile.TemporaryDirectory(dir=services.settings.uploads) as folder:
+            path = Path(folder) / "data"
+            with path.open("wb") as target:
+                while chunk := file.file.read(_CHUNK):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    target.write(chunk)
+            yield _Upload(path, size, digest.hexdigest())
     except OSError as error:
         if is_disk_full(error):
             raise StorageFull("the upload") from error
         raise
-    return size, digest.hexdigest()
 
 
 def _mapping(text: str | None) -> dict[str, Any] | None:
     if not text:
         return None
     try:
-        value = parse(text.encode("utf-8", "surrogatepass"))
-    except BadRequest as error:
+        value = strict_json.loads(text, depth=MAX_DEPTH)
+    except JsonError as error:
         raise BadRequest(
-            "invalid_mapping", f"The mapping is not JSON: {error.message}", param="mapping"
+            "invalid_mapping",
+            f"The mapping cannot be read. {error.message}",
+            param="mapping",
+            hint=error.hint,
         ) from error
     if not isinstance(value, dict):
         raise BadRequest("invalid_mapping", 'A mapping is a JSON object {"messages": […]}.', param="mapping")

@@ -20,6 +20,10 @@ from core.control import adapters, db
 from core.control.tables import Adapter
 from core.errors import BadRequest, GraftError
 from core.ml import catalogue, prompts
+from core.ml import contract as contracts
+from core.ml.formats.chat import messages
+from core.ml.formats.chat.calls import tools_of
+from core.ml.formats.chat.example import RowError
 from core.ml.prompts import Contract
 
 router = APIRouter(tags=["generation"], route_class=StrictRoute)
@@ -30,7 +34,7 @@ _PROMPT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    prompts.CONTRACT_FILE,
+    contracts.CONTRACT_FILE,
 )
 
 
@@ -99,8 +103,8 @@ def _prepare(
         folder = services.storage.local(f"{row.key}/files")
         path = str(folder) if folder else f"{services.storage.url.rstrip('/')}/{row.key}/files"
         target = Target(row.engine_name, row.base_model, path)
-        services.storage.size(f"{row.key}/files/{prompts.CONTRACT_FILE}")  # or it says what is missing
-        contract = prompts.load_cached(folder or _prompt_files(services, row))
+        services.storage.size(f"{row.key}/files/{contracts.CONTRACT_FILE}")  # or it says what is missing
+        contract = contracts.load_cached(folder or _prompt_files(services, row))
         base = catalogue.find(services.catalogue, row.base_model)
     else:
         base = catalogue.find(services.catalogue, body.model or services.settings.default_model)
@@ -113,7 +117,7 @@ def _prepare(
                 hint="A worker brings them when it starts or when the first job needs them.",
             )
         target = Target(base.name, base.name)
-        contract = prompts.load_cached(base.path)
+        contract = contracts.load_cached(base.path)
     ids = _tokens(body, contract)
     if not ids:
         raise BadRequest("empty_prompt", "The prompt has no tokens.", param="prompt")
@@ -123,8 +127,23 @@ def _prepare(
 def _tokens(body: GenerateRequest, contract: Contract) -> list[int]:
     if body.raw:
         return prompts.encode_plain(contract, body.prompt or "")
+    if contract.rows == "text":
+        if body.prompt is None:
+            raise BadRequest(
+                "no_turns",
+                "The adapter was trained on plain texts without turns, so it answers no messages.",
+                param="messages",
+                hint="Send prompt: the beginning of a text as in the data set.",
+            )
+        return prompts.encode_beginning(contract, body.prompt)
     if body.messages is not None:
-        return prompts.encode_prompt(contract, [message.model_dump() for message in body.messages])
+        given = [message.model_dump(exclude_none=True) for message in body.messages]
+        try:
+            turns, _, _ = messages.parse(given, messages.OPENAI)
+            tools = tools_of({"tools": body.tools})
+        except RowError as error:
+            raise BadRequest(error.code, error.message, param=error.field, hint=error.hint) from error
+        return prompts.encode_prompt(contract, turns, tools)
     return prompts.encode_prompt(contract, [{"role": "user", "content": body.prompt}])
 
 

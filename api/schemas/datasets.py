@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from core.control.tables import Dataset
+from core.ml.formats.repair import Examination
 
 
 class DatasetOut(BaseModel):
@@ -27,6 +28,52 @@ class DatasetOut(BaseModel):
         return cls.model_validate(row, from_attributes=True)
 
 
+class RepairOut(BaseModel):
+    """`rows` are in the repaired file; `changed` of them differ, `left_out` could not be mended."""
+
+    rows: int
+    changed: int
+    left_out: int
+    diff: str
+
+
+class ValidationOut(BaseModel):
+    """`mapping`: the one in use, or where the file cannot be read without one, the one to use."""
+
+    object: Literal["dataset_validation"] = "dataset_validation"
+    valid: bool
+    filename: str
+    format: str | None
+    mapping: dict[str, Any] | None
+    columns: list[str]
+    rows: int
+    bytes: int
+    sha256: str
+    errors: list[dict[str, Any]]
+    error_count: int
+    report: dict[str, Any]
+    repair: RepairOut | None
+
+    @classmethod
+    def of(cls, checked: Examination, *, filename: str, bytes: int, sha256: str) -> "ValidationOut":  # noqa: A002
+        report = checked.report
+        found = report.detection if report else None
+        return cls(
+            valid=checked.valid,
+            filename=filename,
+            format=found.format if found else None,
+            mapping=checked.mapping,
+            columns=report.columns if report else checked.columns,
+            rows=report.rows if report else 0,
+            bytes=bytes,
+            sha256=sha256,
+            errors=checked.errors,
+            error_count=checked.error_count,
+            report=report.summary() if report else {},
+            repair=RepairOut.model_validate(vars(checked.repair)) if checked.repair else None,
+        )
+
+
 class Token(BaseModel):
     id: int
     text: str
@@ -41,6 +88,7 @@ class PreviewRow(BaseModel):
     n_trained: int
     truncated: bool
     too_long: bool
+    ends_trained: bool
 
 
 class Preview(BaseModel):
@@ -49,6 +97,7 @@ class Preview(BaseModel):
     model: str
     loss_on: str
     max_length: int | None
+    template: str
     template_sha256: str
     stop_token_ids: list[int]
     rows: list[PreviewRow]

@@ -12,9 +12,19 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 _COLDEST = 0.01
 
 
+class Part(Request):
+    type: Literal["text"]
+    text: str
+
+
 class Message(Request):
-    role: Literal["system", "user", "assistant"]
-    content: str
+    """As in a data set: the same function reads both."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
 
 
 class GenerateRequest(Request):
@@ -23,6 +33,7 @@ class GenerateRequest(Request):
     adapter_id: str | None = None
     model: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=1000)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=128)
     prompt: str | None = None
     raw: bool = False
     max_new_tokens: int = Field(256, ge=1, le=32_768)
@@ -41,6 +52,8 @@ class GenerateRequest(Request):
             raise ValueError("give messages or prompt")
         if 0 < self.temperature < _COLDEST:
             raise ValueError(f"temperature must be 0 or at least {_COLDEST}")
+        if self.tools and self.messages is None:
+            raise ValueError("tools need messages")
         if self.raw and self.prompt is None:
             raise ValueError("raw needs a prompt")
         if self.messages and self.messages[-1].role == "assistant":

@@ -7,9 +7,13 @@ from sqlalchemy import select
 from core.control.db import Session
 from core.control.tables import FINISHED, Dataset, Job, new_id, utcnow
 from core.errors import Conflict, NotFound
-from core.ml.formats.chat import Format
-from core.ml.formats.read import FileType
+from core.ml.formats.chat.rows import Format
+from core.ml.formats.files.rows import FileType, Limits
 from core.ml.formats.validate import Reading
+from core.settings import Settings
+
+# How the file type of a packed file is kept.
+_PACKED = ".gz"
 
 
 def create(session: Session, project_id: str, **fields: Any) -> Dataset:
@@ -59,11 +63,27 @@ def delete(session: Session, project_id: str, dataset_id: str) -> Dataset:
     return dataset
 
 
-def reading(dataset: Dataset, line_max_bytes: int) -> Reading:
+def limits(settings: Settings) -> Limits:
+    return Limits(
+        line_bytes=settings.line_max_bytes,
+        unpacked_bytes=settings.unpacked_max_bytes,
+        rows=settings.rows_max,
+        columns=settings.columns_max,
+        depth=settings.nesting_max,
+    )
+
+
+def kept_type(file_type: FileType, packed: bool) -> str:
+    """The file type as the table keeps it, such as `jsonl.gz`."""
+    return file_type + (_PACKED if packed else "")
+
+
+def reading(dataset: Dataset, limits: Limits) -> Reading:
     """How the data set's file is read."""
     return Reading(
-        cast(FileType, dataset.file_type),
+        cast(FileType, dataset.file_type.removesuffix(_PACKED)),
+        dataset.file_type.endswith(_PACKED),
         cast(Format, dataset.format),
         dataset.mapping,
-        line_max_bytes,
+        limits,
     )

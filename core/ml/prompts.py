@@ -1,36 +1,49 @@
-"""The prompt contract: the one place where a conversation becomes tokens and a loss mask.
+"""The one place where a row becomes tokens and a loss mask.
 
-Preview, training, evaluation and generation all call `encode`, so they cannot differ in a token.
+Preview, training, evaluation and generation all come through here, so they cannot differ in a token.
 Needs transformers' tokenizers only, no torch.
 """
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
-
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
+from typing import Any, Literal, NamedTuple
 
 from core.errors import BadRequest
+from core.ml import rendering, tokens
+from core.ml.formats.chat.example import Conversation, Example, Turn
+from core.ml.rendering import Marks, Styles
 
-LossOn = Literal["assistant", "completion", "all"]
+LossOn = Literal["auto", "assistant", "completion", "all"]
 Message = Mapping[str, Any]
 
-CONTRACT_FILE = "prompt_contract.json"
 # The turn-end token need not be the very last trained one: many templates add a line break.
-_TAIL = 3
+TAIL = 3
+# So many rows, or so many characters of theirs, go to the tokenizer together.
+_BATCH = 256
+_BATCH_CHARACTERS = 2_000_000
 
 
 @dataclass(frozen=True)
 class Contract:
-    """A tokenizer with its chat template and the tokens that end an answer."""
+    """A tokenizer with its chat template, the tokens that end an answer, and what the template leaves to us.
+
+    `rows` "text": trained on plain texts, so that a prompt is the beginning of one.
+    """
 
     tokenizer: Any
     stop_token_ids: tuple[int, ...]
+    template: Literal["model", "plain"] = "model"
+    styles: Styles = field(default_factory=Styles)
+    rows: Literal["turns", "text"] = "turns"
+
+    @cached_property
+    def control(self) -> re.Pattern[str]:
+        """The tokens that no text may forge."""
+        return rendering.control_tokens(self.tokenizer)
 
     @property
     def template_sha256(self) -> str:
@@ -39,9 +52,9 @@ class Contract:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a conversation; `trained[i]` says whether the loss counts token i.
+    """Token ids of a row; `trained[i]` says whether the loss counts token i.
 
-    `prompt` counts the tokens before the first answer that `loss_on` is about.
+    `prompt` counts the tokens before the first answer; all of them where a text has no turns.
     """
 
     ids: list[int]
@@ -49,153 +62,239 @@ class Encoded:
     prompt: int
 
 
-def load(folder: Path) -> Contract:
-    """The contract of a base model or an adapter, from its folder.
+class _Plan(NamedTuple):
+    """A conversation as text, cut where an answer begins and where it ends: every second of `pieces` is an answer.
+
+    `trained` are the places of the pieces to train.
+    """
+
+    pieces: list[str]
+    trained: list[int]
+    marks: Marks | None
+
+
+def encode(contract: Contract, example: Example, *, loss_on: LossOn = "auto") -> Encoded:
+    """Tokens and loss mask of one row. `loss_on` "auto": the answers, or the whole of a text without turns.
+
+    The mask goes by position: the tokens that an assistant's turn adds to the conversation before it.
+    This needs every shorter conversation to be the beginning of the longer one, and is refused where a
+    template rewrites a turn that is trained. The pieces between borders are tokenised one by one, so no token
+    reaches over the border of prompt and answer, neither here nor at generation.
 
     Raises:
-        BadRequest: `no_chat_template` or `eos_not_trained`, when the tokenizer cannot carry a chat.
+        BadRequest: `template_not_stable`, `double_bos`, `template_error` or `no_turns`.
     """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    if not isinstance(tokenizer.chat_template, str):
-        raise BadRequest(
-            "no_chat_template",
-            "The base model has no chat template, so conversations cannot be written for it.",
-            hint="Choose the instruction-tuned (chat) version of this model.",
-        )
-    saved = folder / CONTRACT_FILE
-    if saved.is_file():
-        stops = tuple(json.loads(saved.read_text())["stop_token_ids"])
+    encoded = next(encode_all(contract, [example], loss_on=loss_on))
+    if isinstance(encoded, BadRequest):
+        raise encoded
+    return encoded
+
+
+def encode_all(
+    contract: Contract, examples: Iterable[Example], *, loss_on: LossOn = "auto"
+) -> Iterator[Encoded | BadRequest]:
+    """`encode` for many rows, faster: their texts go to the tokenizer together. A refused row gives its error."""
+    for some in _batches(contract, examples, loss_on):
+        plain = [plan.pieces for _, plan in some if isinstance(plan, _Plan) and plan.marks is None]
+        ids = iter(tokens.ids_of_pieces(contract.tokenizer, plain))
+        for example, plan in some:
+            try:
+                if isinstance(plan, _Plan):
+                    known = next(ids) if plan.marks is None else _ids_of_marked(contract, plan)
+                    yield _masked(contract, plan, known, loss_on)
+                else:
+                    yield plan or _text(contract, str(example), loss_on)
+            except BadRequest as error:
+                yield error
+
+
+def _batches(
+    contract: Contract, examples: Iterable[Example], loss_on: LossOn
+) -> "Iterator[list[tuple[Example, _Plan | BadRequest | None]]]":
+    some: list[tuple[Example, _Plan | BadRequest | None]] = []
+    characters = 0
+    for example in examples:
+        plan: _Plan | BadRequest | None = None
+        if isinstance(example, Conversation):
+            try:
+                plan = _plan(contract, example, loss_on)
+                characters += sum(map(len, plan.pieces))
+            except BadRequest as error:
+                plan = error
+        some.append((example, plan))
+        if len(some) == _BATCH or characters >= _BATCH_CHARACTERS:
+            yield some
+            some, characters = [], 0
+    yield some
+
+
+def _ids_of_marked(contract: Contract, plan: _Plan) -> list[list[int]]:
+    assert plan.marks is not None  # noqa: S101 - the callers looked
+    return [
+        tokens.ids_of_marked(contract.tokenizer, piece, plan.marks, continued=i > 0)
+        for i, piece in enumerate(plan.pieces)
+    ]
+
+
+def encode_prompt(
+    contract: Contract, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """The tokens after which the model answers: the same that came before an answer in training."""
+    turns = [Turn(**message) for message in messages]  # type: ignore[typeddict-item]
+    plan = _plan(contract, Conversation(turns, tools))
+    if plan.marks is None:
+        known = tokens.ids_of_pieces(contract.tokenizer, [plan.pieces])[0]
     else:
-        stops = _stop_token_ids(tokenizer, folder)
-    return Contract(tokenizer, stops)
+        known = _ids_of_marked(contract, plan)
+    return _checked(contract, list(chain.from_iterable(known)))
 
 
-@lru_cache(maxsize=8)
-def load_cached(folder: Path) -> Contract:
-    """`load` for a server. The folder's content must never change under the same path."""
-    return load(folder)
-
-
-def save(contract: Contract, folder: Path) -> None:
-    """Write the tokenizer, the chat template and the contract beside an adapter."""
-    contract.tokenizer.save_pretrained(str(folder))
-    sample = _sample()
-    encoded = encode(contract, sample, loss_on="assistant")
-    (folder / CONTRACT_FILE).write_text(
-        json.dumps(
-            {
-                "version": 1,
-                "template_sha256": contract.template_sha256,
-                "stop_token_ids": list(contract.stop_token_ids),
-                "bos_token_id": contract.tokenizer.bos_token_id,
-                "control_tokens_in_content": "encoded as plain text",
-                "sample": {"messages": sample, "ids": encoded.ids, "trained": encoded.trained},
-            },
-            indent=2,
-        )
-        + "\n"
-    )
-
-
-def encode(contract: Contract, messages: Sequence[Message], *, loss_on: LossOn = "assistant") -> Encoded:
-    """Tokens and loss mask of a whole conversation.
-
-    The mask goes by position: the tokens that an assistant turn adds to the conversation before it.
-    This needs every shorter conversation to be a prefix of the longer one, token by token, and is
-    refused where a template rewrites earlier turns.
-
-    Raises:
-        BadRequest: `template_not_stable`, `double_bos` or `template_error`.
-    """
-    ids = _apply(contract, messages, answer_next=False)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if loss_on == "all":
-        prompt = len(_apply(contract, messages[: turns[0]], answer_next=True)) if turns else len(ids)
-        return Encoded(ids, [True] * len(ids), prompt)
-    trained = [False] * len(ids)
-    for turn in turns if loss_on == "assistant" else turns[-1:]:
-        before = _apply(contract, messages[:turn], answer_next=True)
-        after = (
-            ids if turn + 1 == len(messages) else _apply(contract, messages[: turn + 1], answer_next=False)
-        )
-        if ids[: len(before)] != before or ids[: len(after)] != after:
-            raise BadRequest(
-                "template_not_stable",
-                f"The chat template writes messages[{turn}] differently when it is the last turn, "
-                "so the trained part cannot be marked with certainty.",
-                param=f"messages[{turn}]",
-                hint="Use conversations that end with this turn, or another base model.",
-            )
-        trained[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return Encoded(ids, trained, next((i for i, on in enumerate(trained) if on), len(ids)))
-
-
-def encode_prompt(contract: Contract, messages: Sequence[Message]) -> list[int]:
-    """The tokens after which the model answers: the same prefix that training saw."""
-    return _apply(contract, messages, answer_next=True)
+def encode_beginning(contract: Contract, text: str) -> list[int]:
+    """The tokens of a text that the model goes on with. Spaces at its end belong to the next token, as in training."""
+    return encode_plain(contract, text.rstrip(" "))
 
 
 def encode_plain(contract: Contract, text: str) -> list[int]:
-    """Raw text, with the special tokens its tokenizer adds by itself and no template."""
-    return list(contract.tokenizer(text)["input_ids"])
+    """A text as it stands, after the start token if its tokenizer has one."""
+    start = [contract.tokenizer.bos_token_id] if tokens.starts_with_bos(contract.tokenizer) else []
+    conversation = Conversation([Turn(role="user", content=text)])
+    marks = rendering.marks_for(conversation, contract.control)
+    if marks is None:
+        return start + tokens.ids_of(contract.tokenizer, [text])[0]
+    return start + tokens.ids_of_marked(contract.tokenizer, rendering.marked(text, marks), marks)
 
 
 def ends_trained(contract: Contract, encoded: Encoded) -> bool:
     """Whether the end of the answer is among what is learned."""
-    tail = [token for token, trained in zip(encoded.ids, encoded.trained, strict=True) if trained][-_TAIL:]
+    tail = [token for token, trained in zip(encoded.ids, encoded.trained, strict=True) if trained][-TAIL:]
     return any(token in contract.stop_token_ids for token in tail)
 
 
+def truncated(contract: Contract, encoded: Encoded, limit: int) -> Encoded | None:
+    """The row cut to `limit` tokens from the left of its prompt; None where it does not fit even so.
+
+    The start token stays, and so does every trained token: an answer is never cut.
+    """
+    if len(encoded.ids) <= limit:
+        return encoded
+    head = 1 if encoded.ids[0] == contract.tokenizer.bos_token_id else 0
+    cut = len(encoded.ids) - limit
+    # The first token of a row is seen, but never predicted: a trained one needs another before it.
+    if any(encoded.trained[: cut + 1]) or head + cut >= len(encoded.ids):
+        return None
+    return Encoded(
+        encoded.ids[:head] + encoded.ids[head + cut :],
+        encoded.trained[:head] + encoded.trained[head + cut :],
+        max(encoded.prompt - cut, head),
+    )
+
+
 def text_of(contract: Contract, ids: list[int]) -> str:
-    return str(contract.tokenizer.decode(ids))
+    return str(contract.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def pieces(contract: Contract, ids: list[int]) -> list[str]:
     """Each token's own text; a token that holds a part of a character shows as `\\ufffd`."""
-    return [str(contract.tokenizer.decode([token])) for token in ids]
+    return [text_of(contract, [token]) for token in ids]
 
 
-def _apply(contract: Contract, messages: Sequence[Message], *, answer_next: bool) -> list[int]:
-    try:
-        ids: list[int] = contract.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=answer_next,
-            tokenize=True,
-            return_dict=True,
-            # Control tokens inside what people wrote stay text: nobody can forge a turn.
-            sanitize_control_tokens=True,
-        )["input_ids"]
-    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise BadRequest("template_error", f"The chat template refuses this conversation: {error}") from error
+def _text(contract: Contract, text: str, loss_on: LossOn) -> Encoded:
+    if loss_on not in ("auto", "all"):
+        raise BadRequest(
+            "no_turns",
+            "The rows are plain texts without turns, so there is no answer to train alone.",
+            param="training.loss_on",
+            hint='Use loss_on "all" or "auto", or a mapping that says which part is the answer.',
+        )
+    ids = encode_plain(contract, text)
+    end = contract.tokenizer.eos_token_id
+    if end is not None and ids[-1:] != [end]:
+        ids = [*ids, end]
+    return Encoded(ids, [True] * len(ids), len(ids))
+
+
+def _plan(contract: Contract, example: Conversation, loss_on: LossOn | None = None) -> _Plan:
+    """The pieces of a conversation. Without `loss_on` it is the prompt of an answer."""
+    conversation = rendering.written(example, contract.styles)
+    marks = rendering.marks_for(conversation, contract.control)
+    if marks is not None:
+        turns, tools = rendering.marked([conversation.turns, conversation.tools], marks)
+        conversation = conversation._replace(turns=turns, tools=tools)
+    turns, untrained = conversation.turns, conversation.untrained
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    counted = [] if loss_on in (None, "all") else [turn for turn in answers if turn not in untrained]
+    if loss_on == "completion":
+        counted = counted[-1:]
+    whole = _rendered(contract, conversation, len(turns), answer_next=loss_on is None)
+    borders = [0]
+    trained = []
+    for number, turn in enumerate(answers):
+        found = _borders(contract, conversation, turn, whole)
+        if found is not None and found[0] < borders[-1]:
+            found = None
+        if turn in counted:
+            if found is None:
+                raise _not_stable(example, number)
+            trained.append(len(borders))
+        if found is not None:
+            borders += found
+    borders.append(len(whole))
+    for turn, said in enumerate(turns):
+        if (turn in counted or said["role"] != "assistant") and not rendering.shows(whole, said, marks):
+            raise BadRequest(
+                "template_error",
+                f'The chat template leaves out or changes what a message of role "{said["role"]}" says.',
+                hint="Change these rows, or use another base model.",
+            )
+    return _Plan([whole[begin:end] for begin, end in pairwise(borders)], trained, marks)
+
+
+def _rendered(contract: Contract, conversation: Conversation, turns: int, *, answer_next: bool) -> str:
+    return rendering.render(
+        contract.tokenizer, conversation.turns[:turns], conversation.tools, answer_next=answer_next
+    )
+
+
+def _borders(contract: Contract, conversation: Conversation, turn: int, whole: str) -> tuple[int, int] | None:
+    """Where an answer begins and ends in the whole text; None where that does not begin as the turns before it."""
+    after = _rendered(contract, conversation, turn + 1, answer_next=False)
+    end = contract.tokenizer.eos_token
+    if not whole.startswith(after) and end and after.endswith(end):
+        after = after.removesuffix(end)  # some templates write it after the last turn only
+    if turn:
+        before = _rendered(contract, conversation, turn, answer_next=True)
+    else:
+        before = rendering.opening(contract.tokenizer, conversation)
+    if not (whole.startswith(after) and after.startswith(before)):
+        return None
+    return len(before), len(after)
+
+
+def _not_stable(example: Conversation, number: int) -> BadRequest:
+    answers = [i for i, turn in enumerate(example.turns) if turn["role"] == "assistant"]
+    return BadRequest(
+        "template_not_stable",
+        f"The chat template writes messages[{answers[number]}] differently when it is the last turn, "
+        "so the trained part cannot be marked with certainty.",
+        param=f"messages[{answers[number]}]",
+        hint='Use loss_on "completion", conversations that end with this turn, or another base model.',
+    )
+
+
+def _masked(contract: Contract, plan: _Plan, known: list[list[int]], loss_on: LossOn) -> Encoded:
+    ids = _checked(contract, list(chain.from_iterable(known)))
+    first = len(known[0])
+    if loss_on == "all":
+        return Encoded(ids, [True] * len(ids), first)
+    trained = [False] * len(ids)
+    ends = list(accumulate(map(len, known)))
+    for place in plan.trained:
+        trained[ends[place - 1] : ends[place]] = [True] * len(known[place])
+    return Encoded(ids, trained, first)
+
+
+def _checked(contract: Contract, ids: list[int]) -> list[int]:
     bos = contract.tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise BadRequest("double_bos", "The chat template and the tokenizer both add a start token.")
     return ids
-
-
-def _sample() -> list[Message]:
-    return [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "hello"}]
-
-
-def _stop_token_ids(tokenizer: Any, folder: Path) -> tuple[int, ...]:
-    """The token that the template writes after an answer, and those the model's makers stop at."""
-    stops = []
-    sample = _sample()
-    bare = Contract(tokenizer, ())
-    encoded = encode(bare, sample)
-    answer = [token for token, trained in zip(encoded.ids, encoded.trained, strict=True) if trained]
-    special = set(tokenizer.added_tokens_decoder)
-    stops += [token for token in answer[-_TAIL:] if token in special][:1]
-    if tokenizer.eos_token_id is not None:
-        stops.append(tokenizer.eos_token_id)
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        eos = json.loads(generation.read_text()).get("eos_token_id")
-        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not any(token in stops for token in answer[-_TAIL:]):
-        raise BadRequest(
-            "eos_not_trained",
-            "The chat template ends an answer without an end token, so the model would never learn to stop.",
-            hint="Use a base model whose chat template ends each turn with a token of its own.",
-        )
-    return tuple(dict.fromkeys(stops))

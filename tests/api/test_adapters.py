@@ -15,7 +15,7 @@ from api.main import create_app
 from core.control import workers
 from core.control.tables import Adapter
 from core.hashes import describe
-from core.ml import prompts
+from core.ml import contract
 from core.settings import Settings
 from tests import tiny
 from tests.api.conftest import ADMIN_KEY, Api, only_sqlite, refused
@@ -28,7 +28,7 @@ def adapter(api: Api, tiny_model: Path, tmp_path: Path) -> Adapter:
     """An adapter as the worker leaves it: a zip, its files, and a row."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    prompts.save(prompts.load(tiny_model), folder)
+    contract.save(contract.load(tiny_model), folder)
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 40)
     files = [dict(info) for info in describe(folder)]
@@ -176,8 +176,8 @@ def test_without_an_engine_generation_is_unavailable(
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "a"}], "raw": True}, "body"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "body"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "a", "name": 1}]}, "messages.0.name"),
         ({"prompt": "a", "adapter_id": "x", "model": "y"}, "body"),
         ({"prompt": "a", "stream": True, "n": 2}, "body"),
         ({"prompt": "a", "n": 0}, "n"),
@@ -196,6 +196,15 @@ def test_without_an_engine_generation_is_unavailable(
 def test_a_wrong_request_is_named_by_its_field(shared_api: Api, body: dict[str, Any], param: str) -> None:
     error = refused(shared_api.client.post("/generate", json=body), 422, "invalid_request")
     assert {problem["field"] for problem in error["errors"]} == {param}
+
+
+def test_a_conversation_is_checked_as_those_of_a_data_set(shared_api: Api) -> None:
+    for message, code, param in (
+        ({"role": "user"}, "not_text", "messages[0].content"),
+        ({"role": "tool", "content": "a"}, "tool_without_call", "messages[0]"),
+    ):
+        answer = shared_api.client.post("/generate", json={"messages": [message]})
+        assert refused(answer, 422, code)["param"] == param
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(shared_api: Api) -> None:

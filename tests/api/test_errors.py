@@ -96,14 +96,15 @@ def test_hostile_bodies_are_refused_and_never_repeated(shared_api: Api, path: st
     ("kind", "what"),
     [
         ("nan", "NaN is not a JSON number"),
+        ("long number", "a number of 5000 digits"),
         ("infinity", "-Infinity is not a JSON number"),
         ("too large", "too large a number"),
         ("lone surrogate", "surrogate"),
         ("surrogate in bytes", "UTF-8"),
         ("nul", "NUL"),
         ("nested lists", "nested"),
-        ("duplicate names", '"name" stands in it twice'),
-        ("not json", "line 1 column 1"),
+        ("duplicate names", '"name" stands twice in one object'),
+        ("not json", "Expecting value at column 1"),
     ],
 )
 def test_a_body_that_is_no_json_says_why(shared_api: Api, kind: str, what: str) -> None:

@@ -51,7 +51,7 @@ def test_only_a_data_set_is_needed_and_everything_else_is_settled(api: Api, data
     )
     assert job["progress"]["percent"] == 0
     training = job["spec"]["training"]
-    assert (training["epochs"], training["batch_size"], training["loss_on"]) == (3.0, 8, "assistant")
+    assert (training["epochs"], training["batch_size"], training["loss_on"]) == (3.0, 8, "auto")
     assert api.client.get(f"/jobs/{job['id']}").json() == job
 
 

@@ -6,6 +6,9 @@ from core.control import adapters, attempts, datasets, jobs
 from core.control.db import Sessions
 from core.control.tables import Dataset
 from core.errors import Conflict, GraftError, NotFound
+from core.ml.formats.files.rows import Limits
+from core.ml.formats.validate import Reading
+from core.settings import Settings
 from tests.control import rows
 
 
@@ -90,5 +93,21 @@ def test_json_and_times_come_back_as_they_went_in(sessions: Sessions, project_id
     assert (again.mapping, again.columns, again.bytes) == (mapping, ["b", "a"], 2**40)
     assert again.created_at == dataset.created_at
     assert again.created_at.utcoffset() is not None
-    reading = datasets.reading(again, 100)
-    assert (reading.file_type, reading.mapping, reading.line_max_bytes) == ("jsonl", mapping, 100)
+    assert datasets.reading(again, Limits(rows=100)) == Reading(
+        "jsonl", False, "prompt_completion", mapping, Limits(rows=100)
+    )
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_packed_file_is_read_as_one_again(sessions: Sessions, project_id: str, packed: bool) -> None:
+    kept = datasets.kept_type("csv", packed)
+    dataset = rows.dataset(sessions, project_id, file_type=kept)
+    with sessions() as session:
+        reading = datasets.reading(datasets.get(session, project_id, dataset.id), Limits())
+    assert (reading.file_type, reading.packed) == ("csv", packed)
+
+
+def test_the_limits_of_files_are_settings() -> None:
+    made = Settings(line_max_bytes=1, unpacked_max_bytes=2, rows_max=3, columns_max=4, nesting_max=5)
+    assert datasets.limits(made) == Limits(line_bytes=1, unpacked_bytes=2, rows=3, columns=4, depth=5)
+    assert datasets.limits(Settings()) == Limits()

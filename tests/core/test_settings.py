@@ -98,6 +98,11 @@ def test_a_long_home_gets_a_short_socket_of_its_own(tmp_path: Path) -> None:
         {"port": 0},
         {"max_crashes": 0},
         {"line_max_bytes": 0},
+        {"unpacked_max_bytes": 0},
+        {"rows_max": 0},
+        {"columns_max": 0},
+        {"nesting_max": 0},
+        {"nesting_max": 201},
         {"lease_seconds": 0, "heartbeat_seconds": 0},
     ],
 )

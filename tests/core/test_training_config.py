@@ -32,7 +32,7 @@ from core.ml.training.config import Spec, Training, settle
         {"training": {"max_grad_norm": 0}},
         {"training": {"max_length": 7}},
         {"training": {"max_length": 131_073}},
-        {"training": {"overlength": "truncate"}},
+        {"training": {"overlength": "cut"}},
         {"training": {"loss_on": "everything"}},
         {"evaluation": {"every_steps": 0}},
         {"checkpoints": {"every_steps": 0}},
@@ -104,7 +104,7 @@ def test_target_modules_may_be_named(modules: Any) -> None:
 def test_settle_decides_what_needs_neither_data_nor_device() -> None:
     training = settle(Spec()).training
     assert (training.epochs, training.max_steps) == (3.0, None)
-    assert (training.batch_size, training.loss_on) == (8, "assistant")
+    assert (training.batch_size, training.loss_on) == (8, "auto")
     assert (training.max_length, training.gradient_checkpointing) == ("auto", "auto")
 
 

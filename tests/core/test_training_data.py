@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from core.errors import BadRequest
+from core.ml import contract as contracts
 from core.ml import prompts
+from core.ml.formats.chat.example import Conversation, Turn
 from core.ml.formats.validate import Reading
 from core.ml.prompts import Contract, LossOn
 from core.ml.training import data
@@ -18,26 +20,26 @@ from core.ml.training.run import Source
 
 @pytest.fixture(scope="module")
 def contract(tiny_model: Path) -> Contract:
-    return prompts.load(tiny_model)
+    return contracts.load(tiny_model)
 
 
 def source(folder: Path, pairs: list[tuple[str, str]]) -> Source:
     file = folder / "data"
     # A blank line before each row: line numbers are those of the file.
     file.write_text("".join(f"\n{json.dumps({'prompt': a, 'completion': b})}\n" for a, b in pairs))
-    return Source(file, Reading("jsonl", "prompt_completion", None, 1_000_000))
+    return Source(file, Reading("jsonl", False, "prompt_completion", None))
 
 
 def tokenise(
-    rows: Source, contract: Contract, *, loss_on: LossOn = "assistant", context: int = 512, **training: Any
+    rows: Source, contract: Contract, *, loss_on: LossOn = "auto", context: int = 512, **training: Any
 ) -> Tokenised:
     return data.tokenise(rows, contract, loss_on=loss_on, context=context, training=Training(**training))
 
 
 def test_labels_are_the_trained_tokens_alone(contract: Contract, tmp_path: Path) -> None:
     made = tokenise(source(tmp_path, [("Hi", "Hello")]), contract)
-    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    encoded = prompts.encode(contract, conversation)
+    turns = [Turn(role="user", content="Hi"), Turn(role="assistant", content="Hello")]
+    encoded = prompts.encode(contract, Conversation(turns))
     (example,) = made.examples
     assert example["input_ids"] == encoded.ids
     assert [label != -100 for label in example["labels"]] == encoded.trained
@@ -87,6 +89,51 @@ def test_a_data_set_of_which_nothing_is_left_is_refused(contract: Contract, tmp_
     with pytest.raises(BadRequest) as caught:
         tokenise(source(tmp_path, [("x" * 200, "b")]), contract, max_length=20, overlength="drop")
     assert caught.value.code == "no_trained_tokens"
+
+
+def test_too_long_rows_are_cut_from_the_left_of_their_prompt_on_request(
+    contract: Contract, tmp_path: Path
+) -> None:
+    rows = source(tmp_path, [("a", "b"), ("x" * 500, "b c"), ("a", "y" * 500)])
+    with pytest.raises(BadRequest) as caught:
+        tokenise(rows, contract, max_length=64, overlength="truncate")
+    assert caught.value.message == "1 rows are longer than 64 tokens even without their prompt (lines 6)."
+    made = tokenise(
+        source(tmp_path, [("a", "b"), ("x" * 500, "b c")]), contract, max_length=64, overlength="truncate"
+    )
+    assert (made.truncated, made.dropped, made.lines) == ([4], [], [2, 4])
+    cut = made.examples[1]
+    assert len(cut["input_ids"]) == len(cut["labels"]) == 64
+    assert prompts.text_of(contract, [label for label in cut["labels"] if label != -100]) == "b c<|im_end|>\n"
+
+
+def test_a_row_that_cannot_be_encoded_is_named_by_its_line(contract: Contract, tmp_path: Path) -> None:
+    file = tmp_path / "data"
+    rows = ["Say", "hello"]
+    file.write_text("".join(f"\n{json.dumps({'text': row})}\n" for row in rows))
+    texts = Source(file, Reading("jsonl", False, "text", {"text": "{text}"}))
+    made = tokenise(texts, contract)
+    assert made.texts
+    assert [prompts.text_of(contract, e["labels"]) for e in made.examples] == [
+        "Say<|im_end|>",
+        "hello<|im_end|>",
+    ]
+    with pytest.raises(BadRequest, match="Line 2: ") as caught:
+        tokenise(texts, contract, loss_on="assistant")
+    assert caught.value.code == "no_turns"
+
+
+def test_rows_that_do_not_train_an_end_are_refused(contract: Contract, tmp_path: Path) -> None:
+    bare = Contract(contract.tokenizer, (0,))
+    with pytest.raises(BadRequest) as caught:
+        tokenise(source(tmp_path, [("a", "b")]), bare)
+    assert caught.value.code == "eos_not_trained"
+
+
+def test_rows_in_both_files_are_named(contract: Contract, tmp_path: Path) -> None:
+    train = tokenise(source(tmp_path, [("a", "b"), ("c", "d")]), contract)
+    valid = tokenise(source(tmp_path, [("a", "c"), ("c", "d")]), contract)
+    assert data.shared(train, valid) == [4]
 
 
 # ---- Split

@@ -17,7 +17,7 @@ from tests.service import Service
 
 # Long enough to be hit in the middle, short enough to wait for.
 SLOW = {
-    "training": {"max_steps": 60, "learning_rate": 0.01, "effective_batch_size": 4},
+    "training": {"max_steps": 120, "learning_rate": 0.01, "effective_batch_size": 4},
     "checkpoints": {"every_steps": 5},
     "seed": 3,
 }

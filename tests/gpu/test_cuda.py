@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from core.ml import base_model, catalogue
+from core.ml import contract as contracts
 from core.ml.catalogue import Catalogue
 from core.ml.formats.validate import Reading
 from core.ml.inference.engine import Engine, Sampling
@@ -58,7 +59,7 @@ def run(models: Catalogue, work: Path, steps: int, **more: Any) -> Run:
         **more,
     }
     source = [
-        Source(data / f"{name}.jsonl", Reading("jsonl", "mapping", MAPPING, 2**22))
+        Source(data / f"{name}.jsonl", Reading("jsonl", False, "mapping", MAPPING))
         for name in ("train", "valid")
     ]
     return Run(
@@ -104,7 +105,7 @@ def test_the_engine_answers_on_cuda_with_the_adapter(models: Catalogue, trained:
     assert trained.adapter is not None
     engine = Engine(models, 4)
     engine.register("ad@1", MODEL, trained.adapter)
-    contract = prompts.load(trained.adapter)
+    contract = contracts.load(trained.adapter)
     rows = [
         json.loads(line) for line in (ROOT / "examples/text_to_sql/valid.jsonl").read_text().splitlines()[:20]
     ]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from core.errors import BadRequest, Conflict
 from core.ml import base_model
+from core.ml import contract as contracts
 from core.ml.catalogue import Catalogue, find
 from core.ml.inference.engine import MAX_ADAPTERS, Engine, Finish, Sampling
 from core.ml.quantization import Quantization
@@ -59,13 +60,12 @@ def answer(engine: Engine, name: str, **sampling: object) -> str:
 
 def plain(models: Catalogue, folder: Path | None = None) -> str:
     """What transformers and peft say by themselves, one request, the same precision."""
-    from core.ml import prompts
 
     base = find(models, tiny.NAME)
     model = base_model.load(base, base_model.settle(Quantization())).eval()
     if folder is not None:
         model = PeftModel.from_pretrained(model, str(folder)).eval()
-    contract = prompts.load(base.path)
+    contract = contracts.load(base.path)
     ids = torch.tensor([PROMPT])
     out = model.generate(
         input_ids=ids,

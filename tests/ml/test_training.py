@@ -10,13 +10,11 @@ import pytest
 import torch
 import trl.trainer.utils
 from bitsandbytes.nn import Linear4bit
-from datasets import Dataset
 from safetensors.torch import load_file
-from trl import SFTConfig, SFTTrainer
 
 from core.errors import GraftError
 from core.hashes import sha256
-from core.ml import base_model, catalogue, prompts
+from core.ml import base_model, catalogue
 from core.ml.catalogue import BaseModel, Catalogue
 from core.ml.formats.validate import Reading
 from core.ml.quantization import Quantization
@@ -39,7 +37,7 @@ def model(tiny_model: Path, tmp_path: Path) -> BaseModel:
 def make_run(model: BaseModel, tmp_path: Path) -> Callable[..., Run]:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    source = Source(rows, Reading("jsonl", "prompt_completion", None, 2**20))
+    source = Source(rows, Reading("jsonl", False, "prompt_completion", None))
 
     def make(
         name: str = "work", resume: Path | None = None, fraction: float | None = None, **spec: Any
@@ -193,47 +191,6 @@ def test_the_cached_quantised_base_is_the_same_bit_for_bit(model: BaseModel) -> 
     one, two = first.state_dict(), again.state_dict()
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_what_is_trained_is_what_the_contract_encodes(make_run: Callable[..., Run], model: BaseModel) -> None:
-    """The batches of the trainer hold the ids and labels of `prompts.encode`, token for token."""
-    run = make_run()
-    contract = prompts.load(model.path)
-    data = sft.tokenise(run.train, contract, loss_on="assistant", context=512, training=run.spec.training)
-    expected = {}
-    for row in ROWS:
-        turns = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["completion"]},
-        ]
-        encoded = prompts.encode(contract, turns)
-        expected[tuple(encoded.ids)] = [
-            i if t else -100 for i, t in zip(encoded.ids, encoded.trained, strict=True)
-        ]
-    trainer = SFTTrainer(
-        model=base_model.load(model, base_model.settle(Quantization(bits=16))),
-        args=SFTConfig(
-            output_dir=str(run.work),
-            use_cpu=True,
-            report_to="none",
-            max_length=None,
-            bf16=False,
-            per_device_train_batch_size=4,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
-        train_dataset=Dataset.from_list(data.examples),
-        processing_class=contract.tokenizer,
-    )
-    fed = 0
-    for batch in trainer.get_train_dataloader():
-        for ids, labels, mask in zip(
-            batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
-        ):
-            length = int(mask.sum())
-            assert labels[:length].tolist() == expected[tuple(ids[:length].tolist())]
-            assert set(labels[length:].tolist()) <= {-100}
-            fed += 1
-    assert fed == len(ROWS)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_step(

@@ -1,154 +1,202 @@
 """One pass over an uploaded file: every error with its line, and the report of what was found."""
 
-import hashlib
-from array import array
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from core.errors import BadRequest
-from core.ml.formats import chat, read
+from core.ml.formats import detect
+from core.ml.formats.chat import mapping as mappings
+from core.ml.formats.chat.example import Conversation, Example, RowError
+from core.ml.formats.chat.mapping import Mapping
+from core.ml.formats.chat.rows import COLUMNS, FORMATS, Format, Reader, reader
+from core.ml.formats.detect import Detection
+from core.ml.formats.files import read
+from core.ml.formats.files.detect import name_mismatch
+from core.ml.formats.files.rows import FileType, Limits, Row
+from core.ml.formats.findings import Findings
 
 LISTED = 50
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a data set holds. `errors` lists the first 50, `error_count` counts all."""
-
-    file_type: read.FileType
-    format: chat.Format | None
-    columns: list[str]
-    rows: int
-    errors: list[dict[str, Any]]
-    error_count: int
-    warnings: list[dict[str, Any]]
-    duplicates: int
-    length: dict[str, int]
-
-    def summary(self) -> dict[str, Any]:
-        """The part that is kept with the data set."""
-        return {
-            "warnings": self.warnings,
-            "warning_count": sum(int(warning["count"]) for warning in self.warnings),
-            "duplicates": self.duplicates,
-            "length": self.length,
-        }
-
-
-def inspect(
-    path: Path, *, kind: str = "auto", mapping: dict[str, Any] | None = None, line_max_bytes: int
-) -> Report:
-    """Read the whole file, in memory that grows by a few bytes a row.
-
-    Raises:
-        BadRequest: the file as a whole cannot be read: `unsupported_file`, `empty_file`,
-            `unknown_format`, `invalid_mapping`.
-    """
-    _check_request(kind, mapping)
-    file_type = read.file_type(path)
-    decided: chat.Format | None = None
-    columns: list[str] = []
-    errors: list[dict[str, Any]] = []
-    error_count = number = 0
-    seen = _Seen()
-    with path.open("rb") as file:
-        for row in read.rows(file, file_type, line_max_bytes=line_max_bytes):
-            number += 1
-            try:
-                if row.values is None:
-                    assert row.problem is not None  # noqa: S101 - a row has values or a problem
-                    code, message, hint = row.problem
-                    raise chat.RowError("", code, message, hint)
-                if decided is None:
-                    columns = list(row.values)[: read.MAX_COLUMNS]
-                    decided = _decide(kind, mapping, columns)
-                seen.add(row.line, chat.messages(row.values, decided, mapping))
-            except chat.RowError as error:
-                error_count += 1
-                if len(errors) < LISTED:
-                    errors.append(
-                        {
-                            "line": row.line,
-                            "row": number,
-                            "field": error.field,
-                            "code": error.code,
-                            "message": error.message,
-                            "hint": error.hint,
-                        }
-                    )
-    if number == 0:
-        raise BadRequest("empty_file", "The file has no rows.", param="file")
-    return Report(
-        file_type,
-        decided,
-        columns,
-        number,
-        errors,
-        error_count,
-        seen.warnings(),
-        seen.duplicates,
-        seen.quantiles(),
-    )
-
-
-class _Seen:
-    """What is remembered of the good rows: a short hash and a length each."""
-
-    def __init__(self) -> None:
-        self.hashes: set[bytes] = set()
-        self.lengths = array("q")
-        self.duplicates = 0
-        self.duplicate_lines: list[int] = []
-
-    def add(self, line: int, turns: list[chat.Turn]) -> None:
-        self.lengths.append(sum(len(turn["content"]) for turn in turns))
-        text = "\0".join(f"{turn['role']}\0{turn['content']}" for turn in turns)
-        digest = hashlib.blake2b(text.encode(), digest_size=12).digest()
-        if digest in self.hashes:
-            self.duplicates += 1
-            self.duplicate_lines.append(line)
-            del self.duplicate_lines[10:]
-        self.hashes.add(digest)
-
-    def warnings(self) -> list[dict[str, Any]]:
-        if not self.duplicates:
-            return []
-        return [
-            {
-                "code": "duplicates",
-                "message": f"{self.duplicates} rows repeat an earlier row.",
-                "count": self.duplicates,
-                "lines": self.duplicate_lines,
-            }
-        ]
-
-    def quantiles(self) -> dict[str, int]:
-        ordered = sorted(self.lengths) or [0]
-        return {
-            "p50": ordered[len(ordered) // 2],
-            "p95": ordered[int((len(ordered) - 1) * 0.95)],
-            "max": ordered[-1],
-        }
 
 
 @dataclass(frozen=True)
 class Reading:
     """How a file that `inspect` found without errors is read again."""
 
-    file_type: read.FileType
-    format: chat.Format
-    mapping: dict[str, Any] | None
-    line_max_bytes: int
+    file_type: FileType
+    packed: bool
+    format: Format
+    mapping: Mapping | None
+    limits: Limits = field(default_factory=Limits)
 
 
-def conversations(file: IO[bytes], how: Reading) -> Iterator[tuple[int, list[chat.Turn]]]:
-    """(line, conversation) of every row of the open file."""
-    for row in read.rows(file, how.file_type, line_max_bytes=how.line_max_bytes):
-        if row.values is None:
-            raise BadRequest("invalid_dataset", f"Line {row.line} cannot be read any more.")
-        yield row.line, chat.messages(row.values, how.format, how.mapping)
+@dataclass
+class Report:
+    """What a file holds. `errors` lists the first 50, `error_count` counts all."""
+
+    file_type: FileType
+    packed: bool
+    detection: Detection | None = None
+    columns: list[str] = field(default_factory=list)
+    rows: int = 0
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    error_count: int = 0
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    duplicates: int = 0
+    length: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """The part that is kept with the data set."""
+        return {
+            "detection": self.detection.as_dict() if self.detection else None,
+            "warnings": self.warnings,
+            "warning_count": sum(int(warning["count"]) for warning in self.warnings),
+            "duplicates": self.duplicates,
+            "length": self.length,
+        }
+
+    def add_error(self, line: int, row: int, error: RowError) -> None:
+        self.error_count += 1
+        if len(self.errors) < LISTED:
+            self.errors.append(
+                {
+                    "line": line,
+                    "row": row,
+                    "field": error.field,
+                    "code": error.code,
+                    "message": error.message,
+                    "hint": error.hint,
+                }
+            )
+
+
+def inspect(
+    file: IO[bytes],
+    *,
+    kind: str = "auto",
+    mapping: Mapping | None = None,
+    filename: str = "",
+    limits: Limits | None = None,
+    other: Findings | None = None,
+) -> Report:
+    """Read the whole open file. `other` are the findings of a data set that must not share rows with it.
+
+    Raises:
+        BadRequest: the file as a whole cannot be read: `unsupported_file`, `empty_file`,
+            `unknown_format`, `ambiguous_format`, `invalid_mapping` and those of `read.rows`.
+    """
+    _check_request(kind, mapping)
+    limits = limits or Limits()
+    file_type, packed = read.identify(file)
+    report = Report(file_type, packed)
+    findings = Findings()
+    with closing(read.rows(file, file_type, packed, limits)) as rows:
+        for number, (line, result) in enumerate(_examples(rows, kind, mapping, report, findings), 1):
+            report.rows = number
+            if isinstance(result, RowError):
+                report.add_error(line, number, result)
+            else:
+                findings.add(line, result)
+    if not report.rows:
+        raise BadRequest("empty_file", "The file has no rows.", param="file")
+    report.warnings = findings.warnings(other)
+    if (words := name_mismatch(filename, file_type, packed)) is not None:
+        report.warnings.append({"code": "name_mismatch", "message": words, "count": 1, "lines": []})
+    report.duplicates = findings.duplicates
+    report.length = findings.length()
+    return report
+
+
+def _examples(
+    rows: Iterator[Row], kind: str, mapping: Mapping | None, report: Report, findings: Findings
+) -> Iterator[tuple[int, Example | RowError]]:
+    """(line, example or what is wrong) of every row, the format decided by the first good ones."""
+    head = first_rows(rows)
+    sample = [row.values for row in head if row.problem is None]
+    read_row: Reader | None = None
+    known: frozenset[str] = frozenset()
+    for row in itertools.chain(head, rows):
+        if row.problem is not None:
+            yield row.line, RowError("", *row.problem)
+            continue
+        if read_row is None:
+            sample = sample or [row.values]  # none of the first rows could be read
+            report.columns = list(dict.fromkeys(name for values in sample for name in values))
+            report.detection = decide(kind, mapping, sample, report.columns)
+            read_row = reader(report.detection.format, report.detection.mapping)
+            known = _known_columns(report.detection)
+        try:
+            example = read_row(row.values)
+        except RowError as error:
+            yield row.line, error
+            continue
+        _note_unread(row, example, known, findings)
+        yield row.line, example
+
+
+def first_rows(rows: Iterator[Row]) -> list[Row]:
+    """The first rows, as far as they fit into memory with ease."""
+    head: list[Row] = []
+    size = 0
+    for row in itertools.islice(rows, detect.SAMPLE):
+        head.append(row)
+        size += len(str(row.values))
+        if size > detect.SAMPLE_CHARS:
+            break
+    return head
+
+
+def _note_unread(row: Row, example: Example, known: frozenset[str], findings: Findings) -> None:
+    if not known.issuperset(row.values):
+        for name, value in row.values.items():
+            if name not in known and value not in (None, "", [], {}):
+                findings.unread(row.line, name)
+    if isinstance(example, Conversation):
+        for name in sorted(example.unread):
+            findings.unread(row.line, name)
+
+
+def _known_columns(detection: Detection | None) -> frozenset[str]:
+    if detection is None:
+        return frozenset()
+    if detection.mapping is not None:
+        return frozenset(mappings.columns_of(detection.mapping))
+    return COLUMNS[detection.format]
+
+
+def decide(kind: str, mapping: Mapping | None, sample: list[dict[str, Any]], columns: list[str]) -> Detection:
+    """The format of rows with these columns; raises as `detect.detect` and `mapping.check`."""
+    if mapping is not None:
+        mappings.check(mapping, columns)
+        return Detection("mapping", "certain", "The mapping of the request.", [], mapping)
+    if kind == "auto":
+        return detect.detect(sample)
+    if kind == "text":
+        return detect.text(sample)
+    if kind == "mapping":
+        raise _no_mapping()
+    chosen = next(known for known in FORMATS if known == kind)
+    return Detection(chosen, "certain", "The format of the request.")
+
+
+def conversations(file: IO[bytes], how: Reading) -> Iterator[tuple[int, Example]]:
+    """(line, example) of every row of the open file."""
+    read_row = reader(how.format, how.mapping)
+    with closing(read.rows(file, how.file_type, how.packed, how.limits)) as rows:
+        for row in rows:
+            if row.problem is not None:
+                raise BadRequest("invalid_dataset", f"Line {row.line} cannot be read any more.")
+            yield row.line, read_row(row.values)
+
+
+def findings_of(file: IO[bytes], how: Reading) -> Findings:
+    """What is compared when another file must not share rows with this one."""
+    findings = Findings()
+    for line, example in conversations(file, how):
+        findings.add(line, example)
+    return findings
 
 
 def refuse(report: Report) -> BadRequest:
@@ -165,26 +213,26 @@ def refuse(report: Report) -> BadRequest:
     )
 
 
-def _check_request(kind: str, mapping: dict[str, Any] | None) -> None:
-    if kind not in ("auto", *chat.FORMATS):
-        raise BadRequest(
-            "unknown_format",
-            f'There is no format "{kind[:40]}".',
-            param="format",
-            hint=f"Formats are: auto, {', '.join(chat.FORMATS)}.",
-        )
+def _check_request(kind: str, mapping: Mapping | None) -> None:
+    check_format(kind)
     if kind == "mapping" and mapping is None:
-        raise BadRequest("invalid_mapping", "Format mapping needs a mapping.", param="mapping")
-    if mapping is not None and kind not in ("auto", "mapping"):
+        raise _no_mapping()
+    if mapping is not None and kind not in ("auto", "mapping", "text"):
         raise BadRequest(
             "invalid_mapping", f"A mapping and format {kind} exclude each other.", param="format"
         )
 
 
-def _decide(kind: str, mapping: dict[str, Any] | None, columns: list[str]) -> chat.Format:
-    if mapping is not None:
-        chat.check_mapping(mapping, columns)
-        return "mapping"
-    if kind == "auto":
-        return chat.detect(columns)
-    return next(known for known in chat.FORMATS if known == kind)
+def check_format(kind: str) -> None:
+    """Raises BadRequest `unknown_format`."""
+    if kind not in ("auto", *FORMATS):
+        raise BadRequest(
+            "unknown_format",
+            f'There is no format "{kind[:40]}".',
+            param="format",
+            hint=f"Formats are: auto, {', '.join(FORMATS)}.",
+        )
+
+
+def _no_mapping() -> BadRequest:
+    return BadRequest("invalid_mapping", "Format mapping needs a mapping.", param="mapping")

@@ -21,7 +21,8 @@ from safetensors import safe_open
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from core.errors import BadRequest, Conflict, NotFound
-from core.ml import base_model, catalogue, prompts
+from core.ml import base_model, catalogue
+from core.ml import contract as contracts
 from core.ml.catalogue import Catalogue
 from core.ml.inference.text import TextStream
 from core.ml.quantization import Quantization
@@ -183,7 +184,7 @@ class Engine:
             # The fused CPU kernel needs rows in blocks of 32 and fails on others.
             if isinstance(module, Linear4bit) and module.out_features % 32:
                 module.support_avx512bf16_for_cpu = False
-        contract = prompts.load(model.path)
+        contract = contracts.load(model.path)
         self._end_ids = set(contract.stop_token_ids)
         self._tokenizer = contract.tokenizer
         self._context = catalogue.context(model)

@@ -36,7 +36,7 @@ class Lora(Part):
 
 
 class Training(Part):
-    """`epochs` or `max_steps`, not both. Overlong rows are refused or dropped, never cut silently."""
+    """`epochs` or `max_steps`, not both. Overlong rows are refused, dropped or cut in their prompt, never silently."""
 
     epochs: float | None = Field(None, gt=0, le=100)
     max_steps: int | None = Field(None, ge=1, le=1_000_000)
@@ -49,7 +49,7 @@ class Training(Part):
     max_grad_norm: float = Field(0.3, gt=0, le=100)
     neftune_alpha: float | None = Field(None, gt=0, le=100)
     max_length: Auto | Annotated[int, Field(ge=8, le=131_072)] = "auto"
-    overlength: Literal["error", "drop"] = "error"
+    overlength: Literal["error", "drop", "truncate"] = "error"
     loss_on: Literal["auto", "assistant", "completion", "all"] = "auto"
     gradient_checkpointing: Auto | bool = "auto"
 
@@ -93,8 +93,6 @@ def settle(spec: Spec) -> Spec:
     changes: dict[str, Any] = {}
     if training.epochs is None and training.max_steps is None:
         changes["epochs"] = 3.0
-    if training.loss_on == "auto":
-        changes["loss_on"] = "assistant"
     if training.batch_size == "auto":
         effective = training.effective_batch_size
         changes["batch_size"] = max(n for n in range(1, 9) if effective % n == 0)

@@ -1,14 +1,16 @@
 """Rows of a data set file to what the trainer is fed: token ids and labels, through the prompt contract."""
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import BadRequest
 from core.ml import prompts
-from core.ml.formats import chat, validate
-from core.ml.prompts import Contract, LossOn
+from core.ml.formats import validate
+from core.ml.formats.chat.example import Example
+from core.ml.prompts import Contract, Encoded, LossOn
 from core.ml.training.config import Training
 from core.ml.training.run import Source
 
@@ -18,15 +20,22 @@ _IGNORED = -100
 _NAMED = 10
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tokenised:
-    """`examples` of {input_ids, labels} and how many tokens of each are its prompt; `dropped` are the lines left out as too long."""
+    """`examples` of {input_ids, labels}; of each its line and how many of its tokens are the prompt.
 
-    examples: list[dict[str, list[int]]]
-    prompts: list[int]
-    dropped: list[int]
-    longest: int
-    trained_tokens: int
+    `dropped` are the lines left out as too long, `truncated` those whose prompt was cut. `texts` says that
+    the rows are plain texts without turns.
+    """
+
+    examples: list[dict[str, list[int]]] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
+    longest: int = 0
+    trained_tokens: int = 0
+    texts: bool = False
 
 
 def tokenise(
@@ -36,7 +45,7 @@ def tokenise(
 
     Raises:
         BadRequest: `row_too_long` (policy error), `eos_not_trained` (more than 1 % of the rows never
-            show the end of an answer), `no_trained_tokens`.
+            show the end of an answer), `no_trained_tokens`, and what `prompts.encode` refuses, with the line.
     """
     limit = min(AUTO_LENGTH, context) if training.max_length == "auto" else training.max_length
     if limit > context:
@@ -45,42 +54,84 @@ def tokenise(
             f"max_length {limit} is more than the {context} tokens the model reads.",
             param="training.max_length",
         )
-    examples: list[dict[str, list[int]]] = []
-    prompt_lengths: list[int] = []
-    too_long: list[int] = []
+    made = Tokenised()
     unfinished: list[int] = []
-    trained_tokens = longest = 0
-    for line, messages in _conversations(source):
-        encoded = prompts.encode(contract, messages, loss_on=loss_on)
-        if len(encoded.ids) > limit:
-            too_long.append(line)
+    for line, encoded in _encoded(source, contract, loss_on, made):
+        fitting = _fit(contract, line, encoded, limit, training, made)
+        if fitting is None:
             continue
-        if not prompts.ends_trained(contract, encoded):
+        if not prompts.ends_trained(contract, fitting):
             unfinished.append(line)
-        prompt_lengths.append(encoded.prompt)
-        longest = max(longest, len(encoded.ids))
-        trained_tokens += sum(encoded.trained)
-        labels = [
-            token if trained else _IGNORED
-            for token, trained in zip(encoded.ids, encoded.trained, strict=True)
-        ]
-        examples.append({"input_ids": encoded.ids, "labels": labels})
-    if too_long and training.overlength == "error":
+        _add(made, line, fitting)
+    if made.dropped and training.overlength != "drop":
         raise BadRequest(
             "row_too_long",
-            f"{len(too_long)} rows are longer than {limit} tokens (lines {_some(too_long)}).",
+            f"{len(made.dropped)} rows are longer than {limit} tokens"
+            + (" even without their prompt" if training.overlength == "truncate" else "")
+            + f" (lines {_some(made.dropped)}).",
             param="training.max_length",
             hint='Raise training.max_length, or set training.overlength to "drop" to leave these rows out.',
         )
-    if len(unfinished) > 0.01 * len(examples):
+    if len(unfinished) > 0.01 * len(made.examples):
         raise BadRequest(
             "eos_not_trained",
-            f"{len(unfinished)} of {len(examples)} rows do not train the end of the answer (lines {_some(unfinished)}), "
-            "so the model would not learn to stop.",
+            f"{len(unfinished)} of {len(made.examples)} rows do not train the end of the answer "
+            f"(lines {_some(unfinished)}), so the model would not learn to stop.",
         )
-    if not trained_tokens:
+    if not made.trained_tokens:
         raise BadRequest("no_trained_tokens", "No row is left that trains any token.")
-    return Tokenised(examples, prompt_lengths, too_long, longest, trained_tokens)
+    return made
+
+
+def _encoded(
+    source: Source, contract: Contract, loss_on: LossOn, made: Tokenised
+) -> Iterator[tuple[int, Encoded]]:
+    lines: deque[int] = deque()
+
+    def examples() -> Iterator[Example]:
+        with source.path.open("rb") as file:
+            for line, example in validate.conversations(file, source.reading):
+                lines.append(line)
+                made.texts = made.texts or isinstance(example, str)
+                yield example
+
+    for encoded in prompts.encode_all(contract, examples(), loss_on=loss_on):
+        line = lines.popleft()
+        if isinstance(encoded, BadRequest):
+            message = f"Line {line}: {encoded.message}"
+            raise BadRequest(encoded.code, message, param=encoded.param, hint=encoded.hint) from encoded
+        yield line, encoded
+
+
+def _fit(
+    contract: Contract, line: int, encoded: Encoded, limit: int, training: Training, made: Tokenised
+) -> Encoded | None:
+    if len(encoded.ids) <= limit:
+        return encoded
+    cut = prompts.truncated(contract, encoded, limit) if training.overlength == "truncate" else None
+    (made.dropped if cut is None else made.truncated).append(line)
+    return cut
+
+
+def _add(made: Tokenised, line: int, encoded: Encoded) -> None:
+    made.lines.append(line)
+    made.prompts.append(encoded.prompt)
+    made.longest = max(made.longest, len(encoded.ids))
+    made.trained_tokens += sum(encoded.trained)
+    labels = [
+        token if trained else _IGNORED for token, trained in zip(encoded.ids, encoded.trained, strict=True)
+    ]
+    made.examples.append({"input_ids": encoded.ids, "labels": labels})
+
+
+def shared(train: Tokenised, valid: Tokenised) -> list[int]:
+    """The lines of validation rows that are trained too: their loss proves nothing."""
+    known = {tuple(example["input_ids"]) for example in train.examples}
+    return [
+        line
+        for line, example in zip(valid.lines, valid.examples, strict=True)
+        if tuple(example["input_ids"]) in known
+    ]
 
 
 def split(tokenised: Tokenised, fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -99,11 +150,6 @@ def split(tokenised: Tokenised, fraction: float, seed: int) -> tuple[list[Any], 
             hint="Use more rows or another fraction.",
         )
     return train, held_back
-
-
-def _conversations(source: Source) -> Iterator[tuple[int, list[chat.Turn]]]:
-    with source.path.open("rb") as file:
-        yield from validate.conversations(file, source.reading)
 
 
 def _some(lines: list[int]) -> str:

@@ -4,11 +4,10 @@ Knows no job, database or queue: it takes a `Run`, reports through a callback an
 every step whether to leave.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,24 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from core.errors import BadRequest, GraftError
-from core.ml import base_model, catalogue, prompts
+from core.errors import BadRequest
+from core.ml import base_model, catalogue
+from core.ml import contract as contracts
 from core.ml.base_model import Precision
-from core.ml.catalogue import BaseModel
 from core.ml.prompts import Contract
+from core.ml.training import saving
 from core.ml.training.config import Spec
-from core.ml.training.data import Tokenised, split, tokenise
+from core.ml.training.data import Tokenised, shared, split, tokenise
 from core.ml.training.reporter import Report, Reporter
 from core.ml.training.run import Run
 
 # trl scores only the positions with a label on a GPU, but every position on a CPU, where nine of ten
 # cost time and change nothing. This is its switch between the two; a test holds both to one result.
 trl.trainer.utils._use_triton = lambda _device: True
+
+
+# Line numbers that an event names.
+_LISTED = 100
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,15 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     """
     report("phase", phase="preparing")
     base_model.prepare(run.model)
-    contract = prompts.load(run.model.path)
+    contract = contracts.load(run.model.path)
     context = catalogue.context(run.model)
     loss_on = run.spec.training.loss_on
-    assert loss_on != "auto"  # noqa: S101 - config.settle() came before
     data = tokenise(run.train, contract, loss_on=loss_on, context=context, training=run.spec.training)
     train_rows, valid_rows = data.examples, []
+    in_both: list[int] = []
     if run.valid is not None:
-        valid_rows = tokenise(
-            run.valid, contract, loss_on=loss_on, context=context, training=run.spec.training
-        ).examples
+        valid = _validation(run, contract, context)
+        valid_rows, in_both = valid.examples, shared(data, valid)
     elif run.fraction:
         train_rows, valid_rows = split(data, run.fraction, run.spec.seed)
     precision = base_model.settle(run.spec.quantization)
@@ -71,7 +74,9 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
         total_steps=total_steps,
         rows=len(train_rows),
         validation_rows=len(valid_rows),
-        dropped=data.dropped,
+        dropped=_counted(data.dropped),
+        truncated=_counted(data.truncated),
+        in_both=_counted(in_both),
         trained_tokens=data.trained_tokens,
     )
 
@@ -99,8 +104,22 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
         metrics |= _evaluate(trainer, model)
     report("phase", phase="saving")
     adapter = run.work / "adapter"
-    _save(model, contract, run.model, spec, adapter)
+    saving.save(model, replace(contract, rows="text" if data.texts else "turns"), run.model, spec, adapter)
     return Result(adapter, metrics)
+
+
+def _counted(lines: list[int]) -> dict[str, Any]:
+    return {"count": len(lines), "lines": lines[:_LISTED]}
+
+
+def _validation(run: Run, contract: Contract, context: int) -> Tokenised:
+    assert run.valid is not None  # noqa: S101 - the caller looked
+    training = run.spec.training
+    try:
+        return tokenise(run.valid, contract, loss_on=training.loss_on, context=context, training=training)
+    except BadRequest as error:
+        message = f"In the validation data set: {error.message}"
+        raise BadRequest(error.code, message, param=error.param, hint=error.hint) from error
 
 
 def _settle(spec: Spec, data: Tokenised, rows: int, precision: Precision) -> tuple[Spec, int]:
@@ -113,6 +132,9 @@ def _settle(spec: Spec, data: Tokenised, rows: int, precision: Precision) -> tup
     every = spec.checkpoints.every_steps
     if every == "auto":
         every = min(max(total // 5, 1), 50)
+    loss_on = training.loss_on
+    if loss_on == "auto":
+        loss_on = "all" if data.texts else "assistant"
     gradient_checkpointing = training.gradient_checkpointing
     if gradient_checkpointing == "auto":
         gradient_checkpointing = base_model.device().type == "cuda"
@@ -123,6 +145,7 @@ def _settle(spec: Spec, data: Tokenised, rows: int, precision: Precision) -> tup
                 update={
                     "max_length": data.longest if training.max_length == "auto" else training.max_length,
                     "gradient_checkpointing": gradient_checkpointing,
+                    "loss_on": loss_on,
                 }
             ),
             "checkpoints": spec.checkpoints.model_copy(update={"every_steps": every}),
@@ -255,40 +278,3 @@ def _evaluate(trainer: SFTTrainer, model: PeftModel) -> dict[str, float]:
         "eval_loss": float(adapter["eval_loss"]),
         "base_eval_loss": float(base["base_eval_loss"]),
     }
-
-
-def _save(model: PeftModel, contract: Contract, base: BaseModel, spec: Spec, folder: Path) -> None:
-    """The adapter in PEFT's own layout, with the prompt contract beside it."""
-    if not any(bool(p.detach().abs().sum() > 0) for name, p in model.named_parameters() if "lora_B" in name):
-        raise GraftError(
-            "inert_adapter",
-            "The trained adapter changes nothing: every lora_B is zero.",
-            status=422,
-            hint="Raise training.learning_rate or the number of steps.",
-        )
-    model.save_pretrained(str(folder), safe_serialization=True)
-    config_file = folder / "adapter_config.json"
-    config = json.loads(config_file.read_text())
-    # The name, not a path of this machine; and a set's order differs from run to run.
-    config["base_model_name_or_path"] = base.name
-    config["target_modules"] = sorted(config["target_modules"])
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    prompts.save(contract, folder)
-    (folder / "README.md").write_text(_readme(base, spec))
-
-
-def _readme(base: BaseModel, spec: Spec) -> str:
-    return f"""# LoRA adapter for {base.name}
-
-Trained with Graft: r {spec.lora.r}, alpha {spec.lora.alpha}, {spec.quantization.bits}-bit base, seed {spec.seed}.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base.name}"), "PATH_OF_THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
-```
-
-Write prompts with the tokenizer's chat template; `prompt_contract.json` names the tokens that end an answer.
-"""

@@ -1,0 +1,152 @@
+"""`graft data`: what is in a data set file, and what of it would be trained."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import show
+from cli.connect import (
+    HOME,
+    URL,
+    Home,
+    Key,
+    Url,
+    connected,
+    console,
+    fail,
+    mapping_of,
+    require_file,
+)
+from graft_client.client import Client, Json
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Check a data set file, and see what of it would be trained.",
+)
+
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="auto, messages, prompt_completion, text, alpaca, sharegpt or mapping.",
+    ),
+]
+Mapping = Annotated[
+    str | None,
+    typer.Option(help='JSON, or @FILE: {"messages": [{"role": …, "content": "{column}"}]}'),
+]
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="JSON Lines, a JSON array, CSV or Parquet; plain or gzip.")],
+    format_: Format = "auto",
+    mapping: Mapping = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="DATASET_ID", help="Data set that must not share rows with the file."),
+    ] = None,
+    repair: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write the repaired file there, as JSON Lines.")
+    ] = None,
+    url: Url = URL,
+    key: Key = None,
+    home: Home = HOME,
+) -> None:
+    """Say what is in a file and what is wrong with it; nothing is kept. Ends with 1 if it cannot be trained."""
+    parts = mapping_of(mapping)
+    require_file(file)
+    if repair is not None and repair.exists() and repair.samefile(file):
+        fail(f'--repair: "{repair}" is the file itself; give another name.')
+    if repair is not None and not repair.parent.is_dir():
+        fail(f'--repair: there is no folder "{repair.parent}".')
+    with connected(url, key, home) as client:
+        found = client.validate(file, format=format_, mapping=parts, compare_with=against)
+        show.report(console, str(file), found)
+        if not found["valid"] and found["mapping"] not in (None, parts):
+            _say(f"\nThe mapping to use:\n  {_option(found['mapping'])}", style="bold")
+        if repair is not None:
+            _write_repaired(client, found, file, repair, format_, parts)
+    if not found["valid"]:
+        raise typer.Exit(1)
+
+
+@app.command(name="show")
+def show_(
+    data: Annotated[
+        str, typer.Argument(metavar="FILE|DATASET_ID", help="A file, or the id of a data set of the service.")
+    ],
+    n: Annotated[int, typer.Option("-n", min=1, max=100, help="So many rows.")] = 3,
+    model: Annotated[str | None, typer.Option(help="Base model; default: the service's.")] = None,
+    loss_on: Annotated[str, typer.Option(help="auto, assistant, completion or all.")] = "auto",
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=8, help="Cut longer rows to so many tokens, as overlength truncate does."),
+    ] = None,
+    format_: Format = "auto",
+    mapping: Mapping = None,
+    url: Url = URL,
+    key: Key = None,
+    home: Home = HOME,
+) -> None:
+    """Show the first rows token by token, and which tokens are trained. A file is not kept."""
+    parts = mapping_of(mapping)
+    file = Path(data)
+    is_file = not data.startswith("ds_") or file.exists()
+    if is_file:
+        require_file(file, "file or data set")
+    elif parts is not None or format_ != "auto":
+        fail(f"--format and --mapping are for files; data set {data} has its own.")
+    asked = {"n": n, "model": model, "loss_on": loss_on, "max_length": max_length}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    with connected(url, key, home) as client:
+        if is_file:
+            with _for_a_moment(client, file, format_, parts) as dataset:
+                preview = client.preview(dataset["id"], **asked)
+        else:
+            dataset = client.dataset(data)
+            preview = client.preview(data, **asked)
+        show.preview(console, dataset, preview)
+
+
+@contextmanager
+def _for_a_moment(client: Client, file: Path, kind: str, mapping: Json | None) -> Iterator[Json]:
+    """The file as a data set, deleted again however this ends."""
+    dataset = client.upload(file, format=kind, mapping=mapping)
+    try:
+        yield dataset
+    finally:
+        client.delete_dataset(dataset["id"])
+
+
+def _write_repaired(
+    client: Client, found: Json, file: Path, target: Path, kind: str, mapping: Json | None
+) -> None:
+    if found["repair"] is None:
+        why = "The file is right as it is" if found["valid"] else "There is nothing that a repair could mend"
+        _say(f"\n{why}; {target} is not written.")
+        return
+    client.repaired(file, target, format=kind, mapping=mapping)
+    kept = found["repair"]["rows"]
+    _say(
+        f"\n{target} has the {kept} rows of the repaired file. Look at it before you train on it:",
+        style="bold",
+    )
+    options = [] if kind == "auto" else ["--format", shlex.quote(kind)]
+    if found["mapping"] is not None:
+        options = [_option(found["mapping"])]
+    _say("  " + " ".join(["graft data check", shlex.quote(str(target)), *options]))
+
+
+def _option(mapping: Any) -> str:
+    return f"--mapping {shlex.quote(json.dumps(mapping, ensure_ascii=False))}"
+
+
+def _say(text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

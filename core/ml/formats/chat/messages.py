@@ -1,0 +1,234 @@
+"""A list of messages to a checked conversation: OpenAI's form, ShareGPT's, and others by their key names."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from core.errors import nearest
+from core.ml.formats.chat.calls import answered_call, tool_calls, tools_of
+from core.ml.formats.chat.example import Conversation, RowError, Turn, parsed
+from core.strict_json import Number
+
+ROLES = ("system", "user", "assistant", "tool")
+# What the turns of others are called, and what they are here. A "call" is an assistant's turn.
+OPENAI_ROLES = {name: name for name in ROLES} | {"developer": "system", "function": "tool"}
+SHAREGPT_ROLES = {name: name for name in ROLES} | {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "call",
+    "tool_call": "call",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+# Roles whose messages often have nothing but a text.
+_PLAIN = ("user", "assistant", "system")
+# A template is rendered once for every answer: more would take minutes a row.
+MAX_MESSAGES = 1000
+_READ = {"role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call"}
+
+
+class Keys(NamedTuple):
+    """How a list of messages is written: the column, the keys of each message, the names of the roles."""
+
+    column: str = "messages"
+    role: str = "role"
+    content: str = "content"
+    roles: Mapping[str, str] = OPENAI_ROLES
+
+
+OPENAI = Keys()
+SHAREGPT = Keys("conversations", "from", "value", SHAREGPT_ROLES)
+
+
+def conversation(row: Mapping[str, Any], keys: Keys = OPENAI) -> Conversation:
+    """The conversation of a row whose column `keys.column` holds its messages.
+
+    Raises:
+        RowError: anything that would train something else than what is written.
+    """
+    turns, untrained, unread = parse(row.get(keys.column), keys)
+    return checked(Conversation(turns, tools_of(row), untrained, unread), keys.column)
+
+
+def parse(value: Any, keys: Keys) -> tuple[list[Turn], frozenset[int], frozenset[str]]:
+    """The turns, the indexes of those with weight 0, and the names of fields that are not read."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parsed(value, keys.column)
+    if not isinstance(value, list) or not value:
+        what = "is missing" if value is None else "is empty" if value == [] else "is no list"
+        message = f'"{keys.column}" {what}; it must be a list of messages.'
+        raise RowError(keys.column, "missing_field", message)
+    if len(value) > MAX_MESSAGES:
+        message = f'"{keys.column}" has {len(value)} messages; {MAX_MESSAGES} are read.'
+        raise RowError(keys.column, "too_many_messages", message, "Divide the conversation.")
+    turns: list[Turn] = []
+    untrained = []
+    unread: set[str] = set()
+    for i, item in enumerate(value):
+        turn = _turn(i, item, keys, turns)
+        if len(item) > 2:
+            if "weight" in item and _weight(i, item, turn, keys.column) == 0:
+                untrained.append(i)
+            known = _READ | {keys.role, keys.content}
+            unread.update(
+                f"{keys.column}[].{name[:60]}"
+                for name, field in item.items()
+                if name not in known and field is not None
+            )
+        turns.append(turn)
+    return turns, frozenset(untrained), frozenset(unread)
+
+
+def checked(made: Conversation, column: str) -> Conversation:
+    """The conversation, if there is an answer in it to learn from."""
+    answers = [i for i, turn in enumerate(made.turns) if turn["role"] == "assistant"]
+    if not answers:
+        raise RowError(
+            column,
+            "no_answer",
+            "The conversation has no assistant message, so there is nothing to learn.",
+            "Add the answer, or leave the row out.",
+        )
+    if made.untrained.issuperset(answers):
+        raise RowError(
+            column, "nothing_trained", "Every assistant message has weight 0, so there is nothing to learn."
+        )
+    return made
+
+
+def _turn(i: int, item: Any, keys: Keys, before: list[Turn]) -> Turn:
+    if not isinstance(item, dict):
+        where = f"{keys.column}[{i}]"
+        raise RowError(
+            where, "not_an_object", f"{where} is not an object with {keys.role} and {keys.content}."
+        )
+    named = item.get(keys.role)
+    role = keys.roles.get(named) if isinstance(named, str) else None
+    if role is None:
+        raise _unknown_role(i, item, keys)
+    content = item.get(keys.content)
+    if len(item) == 2 and type(content) is str and role in _PLAIN:
+        return {"role": role, "content": content}
+    if role == "call":
+        return _call_turn(f"{keys.column}[{i}].{keys.content}", content, before)
+    calls = item.get("tool_calls")
+    if legacy := item.get("function_call"):
+        if calls:
+            where = f"{keys.column}[{i}].function_call"
+            raise RowError(
+                where, "misplaced_field", f"{where} stands beside tool_calls.", "Keep one of them."
+            )
+        calls = [legacy]
+    if type(content) is str:
+        turn = Turn(role=role, content=content)
+    else:
+        turn = Turn(role=role, content=_text(f"{keys.column}[{i}].{keys.content}", content, bool(calls)))
+    if len(item) > 2 or role == "tool" or calls:
+        _extras(turn, i, item, calls, keys, before)
+    return turn
+
+
+def _extras(turn: Turn, i: int, item: dict[str, Any], calls: Any, keys: Keys, before: list[Turn]) -> None:
+    where = f"{keys.column}[{i}]"
+    if (name := item.get("name")) is not None:
+        if not isinstance(name, str):
+            raise RowError(f"{where}.name", "not_text", f"{where}.name is not text.")
+        turn["name"] = name
+    if calls is not None and calls != []:
+        if turn["role"] != "assistant":
+            raise RowError(
+                f"{where}.tool_calls", "misplaced_field", f"{where} has tool_calls but is no assistant's."
+            )
+        turn["tool_calls"] = tool_calls(f"{where}.tool_calls", calls, before)
+    if turn["role"] == "tool":
+        turn["tool_call_id"] = answered_call(where, item.get("tool_call_id"), before)
+    elif item.get("tool_call_id") is not None:
+        raise RowError(
+            f"{where}.tool_call_id", "misplaced_field", f"{where} has a tool_call_id but is no tool's."
+        )
+
+
+def _text(where: str, content: Any, may_be_none: bool) -> str:
+    if content is None and may_be_none:
+        return ""
+    if isinstance(content, list):
+        parts = []
+        for j, part in enumerate(content):
+            if isinstance(part, str):
+                parts.append(part)
+            elif (
+                isinstance(part, dict)
+                and isinstance(part.get("text"), str)
+                and part.get("type", "text") == "text"
+            ):
+                parts.append(part["text"])
+            else:
+                kind = part.get("type") if isinstance(part, dict) else None
+                shown = f'"{kind[:40]}"' if isinstance(kind, str) else f"a {_kind(part)}"
+                raise RowError(f"{where}[{j}]", "not_text", f"{where}[{j}] is {shown}; only text is trained.")
+        return "".join(parts)
+    what = "missing" if content is None else f"a {_kind(content)}, not text"
+    raise RowError(where, "not_text", f"{where} is {what}.", "Write it as text.")
+
+
+def _weight(i: int, item: dict[str, Any], turn: Turn, column: str) -> int:
+    weight = item["weight"]
+    if weight is None:
+        return 1
+    where = f"{column}[{i}].weight"
+    if turn["role"] != "assistant":
+        raise RowError(where, "misplaced_field", f"{where}: only assistant messages have a weight.")
+    if type(weight) not in (int, float, Number) or weight not in (0, 1):
+        raise RowError(where, "invalid_weight", f"{where} must be 0 (not trained) or 1 (trained).")
+    return int(weight)
+
+
+def _unknown_role(i: int, item: dict[str, Any], keys: Keys) -> RowError:
+    where = f"{keys.column}[{i}].{keys.role}"
+    if keys.role not in item:
+        other = {"role": ("from", "value"), "from": ("role", "content")}.get(keys.role)
+        hint = None
+        if other and other[0] in item:
+            given: dict[str, Any] = {"messages": keys.column, "role": other[0], "content": other[1]}
+            if other[0] == "from":
+                given["roles"] = {"human": "user", "gpt": "assistant"}
+            hint = f"Pass mapping={json.dumps(given)}."
+        return RowError(where, "unknown_role", f"{where} is missing.", hint)
+    named = item[keys.role]
+    shown = (named if isinstance(named, str) else json.dumps(named))[:40]
+    message = f'{where} is "{shown}"; expected {", ".join(dict.fromkeys(keys.roles.values()))}.'
+    meant = SHAREGPT_ROLES.get(named, "call") if isinstance(named, str) else "call"
+    if keys.roles is OPENAI_ROLES and meant != "call":
+        roles = {"human": "user", "gpt": "assistant"} | {named: meant}
+        mapping = json.dumps({"messages": keys.column, "roles": roles})
+        return RowError(where, "unknown_role", message, f'Write "{meant}", or pass mapping={mapping}.')
+    near = nearest(shown.lower(), keys.roles)
+    return RowError(where, "unknown_role", message, f'Did you mean "{near}"?' if near else None)
+
+
+def _call_turn(where: str, value: Any, before: list[Turn]) -> Turn:
+    if isinstance(value, str):
+        value = parsed(value, where)
+    return Turn(
+        role="assistant",
+        content="",
+        tool_calls=tool_calls(where, value if isinstance(value, list) else [value], before),
+    )
+
+
+def _kind(value: Any) -> str:
+    kinds: dict[type, str] = {
+        dict: "JSON object",
+        bool: "boolean",
+        int: "number",
+        Number: "number",
+        float: "number",
+        type(None): "null",
+    }
+    return kinds.get(type(value), type(value).__name__)

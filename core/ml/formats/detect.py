@@ -1,0 +1,193 @@
+"""Which format a table has, how sure that is, and what else it could be."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from core.errors import BadRequest
+from core.ml.formats.chat import layouts
+from core.ml.formats.chat.mapping import Mapping
+from core.ml.formats.chat.rows import Format
+
+# Rows that detection looks at, and how many characters of them.
+SAMPLE = 100
+SAMPLE_CHARS = 16 * 1024**2
+# Columns that a message names, and characters of each.
+_NAMES = 20
+_NAME = 60
+# A longer mapping is no example.
+_EXAMPLE = 1000
+
+_QUESTIONS = (
+    "question",
+    "query",
+    "instruction",
+    "input",
+    "prompt",
+    "user",
+    "text",
+    "source",
+    "problem",
+    "sentence",
+)
+_ANSWERS = (
+    "answer",
+    "response",
+    "output",
+    "completion",
+    "assistant",
+    "target",
+    "solution",
+    "label",
+    "category",
+    "sql",
+)
+_CONTEXTS = ("context", "passage", "document", "schema", "background", "input")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """`others` are formats that the columns fit too; `mapping` is how a text is read."""
+
+    format: Format
+    confidence: Literal["certain", "likely"]
+    why: str
+    others: list[str] = field(default_factory=list)
+    mapping: Mapping | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        layout = self.mapping.get("layout") if self.mapping else None
+        return {
+            "format": self.format,
+            "layout": layout,
+            "confidence": self.confidence,
+            "why": self.why,
+            "alternatives": self.others,
+        }
+
+
+def detect(sample: Sequence[dict[str, Any]]) -> Detection:
+    """The format of the first rows.
+
+    Raises:
+        BadRequest: `unknown_format` with a mapping to use, or `ambiguous_format` with the formats to choose from.
+    """
+    columns = list(dict.fromkeys(name for row in sample for name in row))
+    fitting = _fitting(columns, sample)
+    structured = [name for name in fitting if name != "text"]
+    if len(structured) > 1:
+        raise BadRequest(
+            "ambiguous_format",
+            f"The columns {listed(columns)} fit more than one format: {', '.join(structured)}.",
+            param="format",
+            hint=f'Say which: format="{structured[0]}" or format="{structured[1]}".',
+        )
+    if not fitting:
+        raise BadRequest(
+            "unknown_format",
+            f"Columns {listed(columns) or 'none'} are no format that is read without a mapping.",
+            param="mapping",
+            hint=_mapping_hint(columns, sample),
+        )
+    found = fitting[0]
+    if found == "text":
+        return text(sample)
+    others = fitting[1:]
+    return Detection(found, "likely" if others else "certain", f"Columns {listed(columns)}.", list(others))
+
+
+def text(sample: Sequence[dict[str, Any]]) -> Detection:
+    """How a text column is read: as conversations in a known layout, or as it stands.
+
+    Raises:
+        BadRequest: `ambiguous_format`, when rows have several layouts, or some of them none.
+    """
+    seen, plain = layouts.common(row["text"] for row in sample if isinstance(row.get("text"), str))
+    if not seen:
+        why = "A text column without any known layout: the whole text is trained."
+        return Detection("text", "certain", why, [], {"text": "{text}"})
+    if len(seen) > 1 or plain:
+        names = " and ".join(sorted(seen)) + (" and no layout" if plain else "")
+        options = [{"text": "{text}", "layout": name} for name in sorted(seen)] + [{"text": "{text}"}]
+        raise BadRequest(
+            "ambiguous_format",
+            f"The texts of the first {len(sample)} rows are in different layouts: {names}.",
+            param="mapping",
+            hint=f"Say in the mapping how to read them, for example {' or '.join(map(json.dumps, options))} (all of it).",
+        )
+    layout = next(iter(seen))
+    why = f'A text column in the layout "{layout}": it is read as conversations, and only the answers are trained.'
+    return Detection("text", "certain", why, ["text without layout"], {"text": "{text}", "layout": layout})
+
+
+def _fitting(columns: list[str], sample: Sequence[dict[str, Any]]) -> list[Format]:
+    names = set(columns)
+    fitting: list[Format] = []
+    if "messages" in names:
+        fitting.append("messages")
+    if "conversations" in names:
+        fitting.append("sharegpt")
+    if {"prompt", "completion"} <= names:
+        fitting.append("prompt_completion")
+    if {"instruction", "output"} <= names:
+        fitting.append("alpaca")
+    if "text" in names and (len(names) == 1 or fitting or not _other_part(columns, sample)):
+        fitting.append("text")
+    return fitting
+
+
+def _other_part(columns: list[str], sample: Sequence[dict[str, Any]]) -> bool:
+    """Whether a column beside `text` may be its answer: then nobody said that the text alone is meant."""
+    return any(name != "text" and any(isinstance(row.get(name), str) for row in sample) for name in columns)
+
+
+def listed(columns: Sequence[str]) -> str:
+    """The names of columns in a message: of many or endless ones the beginning."""
+    names = ", ".join(name if len(name) <= _NAME else f"{name[:_NAME]}…" for name in columns[:_NAMES])
+    return f"{names} and {len(columns) - _NAMES} more" if len(columns) > _NAMES else names
+
+
+def _mapping_hint(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> str:
+    hint = "Say in a mapping which columns play which part"
+    example = json.dumps(suggest(columns, sample))
+    return f"{hint}, for example {example}" if len(example) <= _EXAMPLE else f"{hint}."
+
+
+def suggest(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> Mapping:
+    """A mapping that most likely fits."""
+    for name in columns:
+        items = next((row[name] for row in sample if isinstance(row.get(name), list) and row[name]), None)
+        if items and isinstance(items[0], dict):
+            return _list_mapping(name, items)
+    lower = {name.lower(): name for name in reversed(columns)}
+    answer = next((lower[name] for name in _ANSWERS if name in lower), None)
+    if columns and (len(columns) == 1 or (answer is None and "text" in lower)):
+        return {"text": f"{{{lower.get('text', columns[0])}}}"}
+    question = next((lower[name] for name in _QUESTIONS if name in lower and lower[name] != answer), None)
+    context = next((lower[n] for n in _CONTEXTS if n in lower and lower[n] not in (answer, question)), None)
+    if answer is None or question is None:
+        first, last = (columns[0], columns[-1]) if len(columns) > 1 else ("question", "answer")
+        question, answer = question or (first if first != answer else last), answer or last
+    asked = f"{{{context}}}\n\n{{{question}}}" if context else f"{{{question}}}"
+    return {
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": f"{{{answer}}}"}]
+    }
+
+
+def _list_mapping(column: str, items: list[Any]) -> Mapping:
+    keys = list(items[0])
+    role = next((key for key in ("role", "from", "speaker", "author") if key in keys), "role")
+    content = next((key for key in ("content", "value", "text", "message") if key in keys), "content")
+    names = {str(item.get(role)) for item in items if isinstance(item, dict)}
+    roles = {
+        "human": "user",
+        "gpt": "assistant",
+        "customer": "user",
+        "agent": "assistant",
+        "bot": "assistant",
+    }
+    made: Mapping = {"messages": column, "role": role, "content": content}
+    if used := {name: roles[name] for name in sorted(names) if name in roles}:
+        made["roles"] = used
+    return made

@@ -1,0 +1,135 @@
+"""Which kind of file this is, by its content; its name is only compared."""
+
+import codecs
+import re
+
+from core.errors import BadRequest
+from core.ml.formats.files.rows import FileType, unsupported
+from core.ml.formats.files.tables import DELIMITERS, delimiter
+
+HEAD = 4096
+GZIP = b"\x1f\x8b"
+
+_OTHERS = {
+    b"PK\x03\x04": "a zip archive (or a spreadsheet or PyTorch file, which are zip archives)",
+    b"PK\x05\x06": "an empty zip archive",
+    GZIP: "a gzip file inside a gzip file",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"%PDF": "a PDF document",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"GIF8": "a picture",
+    b"GGUF": "a GGUF model",
+    b"\x7fELF": "a program",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF": "an HDF5 file",
+    b"ARROW1": "an Arrow IPC file",
+    b"SQLite format 3": "an SQLite database",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"Obj\x01": "an Avro file",
+    b"{\\rtf": "an RTF document",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
+_PICKLE = re.compile(rb"\x80[\x02-\x05]|[}\])]q\x00|\((?:dp|lp)\d|c[\w.]+\n[\w.]+\n(?:\(|p\d+\n)")
+_MARKUP = re.compile(
+    rb"<(?:!doctype|html|head|body|title|meta|script|div|h\d|p|pre|center|svg|error|\?xml|!--)[\s>-]|<!doctype",
+    re.IGNORECASE,
+)
+_NAMES = {
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "json": "json",
+    "csv": "csv",
+    "tsv": "csv",
+    "parquet": "parquet",
+}
+_SAFETENSORS_HEADER = 8
+
+
+def file_type(head: bytes) -> FileType:
+    """The type of a file that begins with these bytes (up to HEAD of them, unpacked).
+
+    Raises:
+        BadRequest: `unsupported_file`, saying what it looks like, or `empty_file`.
+    """
+    _refuse_others(head)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    if not start:
+        raise BadRequest("empty_file", "The file has no rows.", param="file")
+    if b"\0" in start[:2] and _only_nul(head[::2]) != _only_nul(head[1::2]):
+        raise unsupported("The file is text in UTF-16.", "Save it as UTF-8.")
+    if b"\0" in start[:2] or (b"\0" in head and not _is_utf8(head)):
+        raise unsupported("The file holds binary data, not text.")
+    if start.startswith(b"["):
+        return "json"
+    if start.startswith(b"{"):
+        return "jsonl"
+    if _MARKUP.match(start):
+        raise unsupported(
+            "The file is an HTML or XML page, perhaps a login or error page saved in its place."
+        )
+    return "csv" if _is_table(start) else "jsonl"
+
+
+def _refuse_others(head: bytes) -> None:
+    for magic, what in _OTHERS.items():
+        if head.startswith(magic):
+            hint = "Save it as UTF-8." if "UTF-16" in what else None
+            raise unsupported(f"The file is {what}, not JSON Lines, a JSON array, CSV or Parquet.", hint)
+    if _PICKLE.match(head):
+        raise unsupported("The file is a Python pickle, which can run code when it is read, so it never is.")
+    if head[_SAFETENSORS_HEADER:].startswith(b'{"') and b"\0" in head[:_SAFETENSORS_HEADER]:
+        raise unsupported("The file is a safetensors file: weights, not rows.")
+    if head[257:262] == b"ustar":
+        raise unsupported("The file is a tar archive.")
+
+
+def _only_nul(every_other: bytes) -> bool:
+    return not every_other[:32].strip(b"\0")
+
+
+def _is_utf8(head: bytes) -> bool:
+    """Whether this is UTF-8, but for a last character that may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_table(start: bytes) -> bool:
+    """A header, that is several names or a single one; else it is most likely JSON Lines with a broken first line."""
+    first, _, rest = start.partition(b"\n")
+    if rest.lstrip().startswith(b'{"'):
+        return False
+    header = first.decode("utf-8", "replace").strip()
+    if any(mark in header for mark in DELIMITERS):
+        names = [name.strip().strip('"') for name in header.split(delimiter(header))]
+        return any(names) and not re.match(r"[-\d'(]", header)
+    if not re.fullmatch(r'"?[A-Za-z_]\w*"?', header) or header in ("null", "true", "false"):
+        if re.match(r"[A-Za-z#*]", header) and header[:4] not in ("null", "true", "fals"):
+            raise unsupported("The file is plain text, not rows.")
+        return False
+    return b"\n" in start
+
+
+def name_mismatch(filename: str, kind: FileType, packed: bool) -> str | None:
+    """What the name says wrongly about the content, in words."""
+    parts = filename.lower().split(".")[1:]
+    says_packed = bool(parts) and parts[-1] in ("gz", "gzip")
+    named = _NAMES.get(parts[-2] if says_packed and len(parts) > 1 else parts[-1] if parts else "")
+    if (named and named != kind) or (parts and (says_packed != packed)):
+        return f'The name "{filename}" does not say what is in the file: {label(kind, packed)}.'
+    return None
+
+
+def label(kind: FileType, packed: bool) -> str:
+    names = {"jsonl": "JSON Lines", "json": "a JSON array", "csv": "CSV", "parquet": "Parquet"}
+    return names[kind] + (", packed with gzip" if packed else "")

@@ -1,0 +1,73 @@
+"""What every reader of files gives, and the bounds it keeps to."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from core.errors import BadRequest
+
+FileType = Literal["jsonl", "json", "csv", "parquet"]
+
+# Text packs to a tenth, very repetitive text to a hundredth; a bomb to a thousandth.
+_MAX_RATIO = 200
+_FREE_BYTES = 64 * 1024**2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`line_bytes` bounds one row, `depth` its nesting; the others bound the file."""
+
+    line_bytes: int = 4 * 1024**2
+    unpacked_bytes: int = 8 * 1024**3
+    rows: int = 10_000_000
+    columns: int = 256
+    depth: int = 32
+
+
+class Problem(NamedTuple):
+    """Why a row cannot be read."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+class Row(NamedTuple):
+    """`values`, or what is wrong with the row. `line` is the physical line; in Parquet, which has none, the row."""
+
+    line: int
+    values: dict[str, Any]
+    problem: Problem | None = None
+
+
+def broken(line: int, code: str, message: str, hint: str | None = None) -> Row:
+    return Row(line, {}, Problem(code, message, hint))
+
+
+def unsupported(message: str, hint: str | None = None) -> BadRequest:
+    """The error of a file that holds no rows at all."""
+    return BadRequest(
+        "unsupported_file",
+        message,
+        param="file",
+        hint=hint
+        or "Upload JSON Lines (one JSON object a line), a JSON array, CSV with a header or Parquet; plain or gzip.",
+    )
+
+
+def check_ratio(unpacked: int, packed: int) -> None:
+    """Raises BadRequest `unsupported_file` for a ratio that no real data has."""
+    if unpacked > max(_FREE_BYTES, _MAX_RATIO * packed):
+        raise unsupported(
+            f"The file of {packed} bytes unpacks to more than {_MAX_RATIO} times its size: that is no data set.",
+            "Upload it unpacked if it is one.",
+        )
+
+
+def too_large(limits: Limits) -> BadRequest:
+    return BadRequest(
+        "file_too_large",
+        f"The unpacked file is larger than {limits.unpacked_bytes} bytes.",
+        status=413,
+        param="file",
+        hint="Upload a part of it, or raise GRAFT_UNPACKED_MAX_BYTES.",
+    )

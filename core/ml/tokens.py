@@ -1,0 +1,88 @@
+"""Text to token ids, whole or in pieces. Used by core.ml.prompts alone."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from core.errors import BadRequest
+from core.ml.rendering import Marks
+
+# Characters before a text that goes on: a line break, or a letter where that one merges with the text.
+_GUARDS = ("\n", "x")
+
+
+def starts_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself begins a text with the start token."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+
+
+def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts without marks; the tokens that the template wrote are tokens, and none are added."""
+    return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
+
+
+def ids_of_pieces(tokenizer: Any, rows: list[list[str]]) -> list[list[list[int]]]:
+    """Token ids of the pieces of many texts without marks; every piece but the first as in `continuation`."""
+    guard = _GUARDS[0]
+    texts = [f"{guard}{piece}" if i else piece for row in rows for i, piece in enumerate(row)]
+    known, *rest = ids_of(tokenizer, [guard, *texts])
+    found = iter(rest)
+
+    def of(i: int, piece: str) -> list[int]:
+        ids = next(found)
+        if not i:
+            return ids
+        return ids[len(known) :] if ids[: len(known)] == known else continuation(tokenizer, piece)
+
+    return [[of(i, piece) for i, piece in enumerate(row)] for row in rows]
+
+
+def ids_of_marked(tokenizer: Any, text: str, marks: Marks, *, continued: bool = False) -> list[int]:
+    """Token ids of one text in which what stands between marks is no token; `continued` as in `continuation`."""
+    if any(form in text for mark in marks[:2] for form in (ascii(mark)[1:-1], json.dumps(mark)[1:-1])):
+        raise BadRequest(
+            "template_error", "The chat template escapes characters, so control tokens in a text get lost."
+        )
+    pattern = f"{marks.start}({marks.control.pattern}){marks.end}|[{marks.start}{marks.end}]"
+    pieces = re.split(pattern, text)
+    ids = continuation(tokenizer, pieces[0]) if continued else ids_of(tokenizer, [pieces[0]])[0]
+    for i, piece in enumerate(pieces[1:], start=1):
+        if piece and i % 2:
+            ids += _plain(tokenizer, piece)
+        elif piece:
+            ids += continuation(tokenizer, piece)
+    return ids
+
+
+def _plain(tokenizer: Any, token: str) -> list[int]:
+    """The text of a control token as ordinary text."""
+    # Not with split_special_tokens: that switches a tokenizer which other threads are using.
+    encode = tokenizer._encode_without_added_tokens
+    ids = _after(encode, token)
+    if tokenizer.convert_tokens_to_ids(token) in ids:  # an ordinary piece of the vocabulary, too
+        ids = _after(encode, token[:1]) + _after(encode, token[1:])
+    return ids
+
+
+def continuation(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that goes on after other text."""
+
+    def encode(whole: str) -> list[int]:
+        return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+
+    return _after(encode, text) if text else []
+
+
+def _after(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Token ids of a text without the space that some tokenizers add to the start of one.
+
+    It is tokenised after a character that is then removed.
+    """
+    for guard in _GUARDS:
+        known = encode(guard)
+        ids = encode(guard + text)
+        if ids[: len(known)] == known:
+            return ids[len(known) :]
+    return encode(text)

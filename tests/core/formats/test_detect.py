@@ -1,0 +1,129 @@
+"""Which format a table has, how sure that is, and what is asked where it is not."""
+
+import json
+from typing import Any
+
+import pytest
+
+from core.errors import BadRequest
+from core.ml.formats import detect
+from core.ml.formats.chat import mapping as mappings
+from core.ml.formats.chat.example import Conversation
+from tests.core.formats.given import ASSISTANT, USER
+
+CHAT = [USER, ASSISTANT]
+LLAMA2, GUANACO = "[INST] Hi [/INST] Hello", "### Human: Hi### Assistant: Hello"
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"id": 1, "messages": CHAT}, "messages"),
+        ({"conversations": CHAT, "tools": ""}, "sharegpt"),
+        ({"completion": "b", "prompt": "a"}, "prompt_completion"),
+        ({"instruction": "a", "input": "", "output": "b"}, "alpaca"),
+        ({"instruction": "a", "output": "b"}, "alpaca"),
+        ({"text": "a"}, "text"),
+        ({"text": "a", "id": 5}, "text"),
+    ],
+)
+def test_the_columns_say_the_format(row: dict[str, Any], kind: str) -> None:
+    found = detect.detect([row])
+    assert (found.format, found.confidence) == (kind, "certain")
+    assert found.as_dict()["alternatives"] == []
+    assert found.why
+
+
+def test_a_text_column_beside_a_format_is_named_as_the_alternative() -> None:
+    found = detect.detect([{"messages": CHAT, "text": "Hi\nHello"}])
+    assert (found.format, found.confidence, found.others) == ("messages", "likely", ["text"])
+
+
+def test_columns_that_fit_two_formats_are_not_guessed() -> None:
+    with pytest.raises(BadRequest) as caught:
+        detect.detect([{"messages": CHAT, "instruction": "a", "output": "b"}])
+    assert (caught.value.code, caught.value.param) == ("ambiguous_format", "format")
+    assert caught.value.hint == 'Say which: format="messages" or format="alpaca".'
+
+
+@pytest.mark.parametrize(
+    ("rows", "example"),
+    [
+        ([{"question": "Hi", "answer": "Hello"}], [("user", "Hi"), ("assistant", "Hello")]),
+        ([{"Question": "Hi", "Answer": "Hello"}], [("user", "Hi"), ("assistant", "Hello")]),
+        (
+            [{"answer": "d", "question": "q", "context": "c"}],
+            [("user", "c\n\nq"), ("assistant", "d")],
+        ),
+        ([{"text": "Hi", "category": "greeting"}], [("user", "Hi"), ("assistant", "greeting")]),
+        ([{"one": "Hi", "two": "x", "three": "Hello"}], [("user", "Hi"), ("assistant", "Hello")]),
+        ([{"three": "x", "Answer (en)": "Hello"}], [("user", "x"), ("assistant", "Hello")]),
+        ([{"text": "A long text.", "url": "http://x"}], "A long text."),
+        ([{"body": "A long text."}], "A long text."),
+        ([{"body": "A", "output": "B"}, {"body": "C"}], [("user", "A"), ("assistant", "B")]),
+        (
+            [{"talk": [{"speaker": "customer", "text": "Hi"}, {"speaker": "agent", "text": "Hello"}]}],
+            [("user", "Hi"), ("assistant", "Hello")],
+        ),
+        (
+            [{"chat": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}],
+            [("user", "Hi"), ("assistant", "Hello")],
+        ),
+    ],
+)
+def test_other_columns_get_a_suggestion_that_works(rows: list[dict[str, Any]], example: Any) -> None:
+    with pytest.raises(BadRequest) as caught:
+        detect.detect(rows)
+    assert (caught.value.code, caught.value.param) == ("unknown_format", "mapping")
+    assert caught.value.hint is not None
+    suggested = json.loads(caught.value.hint.partition("for example ")[2])
+    mappings.check(suggested, list(rows[0]))
+    made = mappings.reader(suggested)(rows[0])
+    if isinstance(made, Conversation):
+        assert [(turn["role"], turn["content"]) for turn in made.turns] == example
+    else:
+        assert made == example
+
+
+@pytest.mark.parametrize("row", [{}, {"a": {"b": 1}}, {"a": []}, {"a": [1], "b": [[]]}, {"x" * 5000: 1}])
+def test_strange_columns_are_unknown_too(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest) as caught:
+        detect.detect([row])
+    assert caught.value.code == "unknown_format"
+    assert len(caught.value.message) < 500
+
+
+def test_many_columns_make_a_short_message() -> None:
+    with pytest.raises(BadRequest) as caught:
+        detect.detect([{f"column{i}": "x" for i in range(256)}])
+    assert caught.value.message.count("column") < 30
+    assert "236 more" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("texts", "layout"),
+    [
+        ([LLAMA2, LLAMA2], "llama2"),
+        ([GUANACO], "guanaco"),
+        (["### Instruction:\nHi\n### Response:\nHello"], "alpaca"),
+        (["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>"], "chatml"),
+        (["plain", "text"], None),
+    ],
+)
+def test_a_text_layout_is_found_and_said(texts: list[str], layout: str | None) -> None:
+    found = detect.detect([{"text": text} for text in texts])
+    assert found.as_dict()["layout"] == layout
+    assert found.as_dict()["alternatives"] == (["text without layout"] if layout else [])
+    assert found.mapping == ({"text": "{text}", "layout": layout} if layout else {"text": "{text}"})
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [([LLAMA2, GUANACO], "guanaco and llama2"), ([LLAMA2, "plain"], "llama2 and no layout")],
+)
+def test_texts_in_several_layouts_are_not_guessed(texts: list[str], names: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        detect.detect([{"text": text} for text in texts])
+    assert caught.value.code == "ambiguous_format"
+    assert names in caught.value.message
+    assert '{"text": "{text}", "layout": "llama2"}' in (caught.value.hint or "")

@@ -1,0 +1,155 @@
+"""Rows of the known formats to conversations, and what is wrong with those that become none."""
+
+from typing import Any
+
+import pytest
+
+from core.ml.formats.chat.example import Conversation, RowError, Turn
+from core.ml.formats.chat.rows import Format, reader
+from tests.core.formats.given import ASSISTANT, USER
+
+CONVERSATION = [Turn(role="user", content="Hi"), Turn(role="assistant", content="Hello there")]
+SYSTEM = Turn(role="system", content="Be kind.")
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]
+
+
+def read(kind: Format, row: dict[str, Any]) -> Conversation:
+    example = reader(kind, None)(row)
+    assert isinstance(example, Conversation)
+    return example
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("messages", {"messages": [USER, ASSISTANT]}),
+        ("messages", {"messages": [USER, ASSISTANT], "tools": [], "id": 7}),
+        (
+            "messages",
+            {
+                "messages": '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]'
+            },
+        ),
+        ("prompt_completion", {"prompt": "Hi", "completion": "Hello there"}),
+        ("prompt_completion", {"prompt": [USER], "completion": [ASSISTANT]}),
+        ("alpaca", {"instruction": "Hi", "output": "Hello there"}),
+        ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello there"}),
+        ("alpaca", {"instruction": "Hi", "input": None, "output": "Hello there", "history": []}),
+        ("sharegpt", {"conversations": SHAREGPT}),
+        ("sharegpt", {"conversations": [USER, ASSISTANT]}),
+    ],
+)
+def test_every_format_becomes_the_same_conversation(kind: Format, row: dict[str, Any]) -> None:
+    assert read(kind, row).turns == CONVERSATION
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("prompt_completion", {"prompt": "Hi", "completion": "Hello there"}),
+        ("prompt_completion", {"prompt": [USER], "completion": [ASSISTANT]}),
+        ("alpaca", {"instruction": "Hi", "output": "Hello there"}),
+        ("sharegpt", {"conversations": SHAREGPT}),
+    ],
+)
+def test_a_system_column_is_the_first_turn(kind: Format, row: dict[str, Any]) -> None:
+    assert read(kind, {**row, "system": "Be kind."}).turns == [SYSTEM, *CONVERSATION]
+    assert read(kind, {**row, "system": ""}).turns == CONVERSATION
+
+
+def test_two_systems_are_refused() -> None:
+    row = {"conversations": [{"from": "system", "value": "x"}, *SHAREGPT], "system": "y"}
+    with pytest.raises(RowError) as caught:
+        read("sharegpt", row)
+    assert caught.value.code == "two_systems"
+
+
+def test_alpaca_input_follows_the_instruction_and_history_comes_before() -> None:
+    row = {
+        "instruction": "Translate",
+        "input": "chat",
+        "output": "cat",
+        "history": [["a", "b"]],
+        "system": "s",
+    }
+    assert [turn["content"] for turn in read("alpaca", row).turns] == [
+        "s",
+        "a",
+        "b",
+        "Translate\n\nchat",
+        "cat",
+    ]
+
+
+def test_answers_in_a_conversational_prompt_are_not_trained() -> None:
+    row = {"prompt": [USER, ASSISTANT, USER], "completion": [{**ASSISTANT, "weight": 1}], "system": "s"}
+    made = read("prompt_completion", row)
+    assert [turn["role"] for turn in made.turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert made.untrained == {2}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(7, "7"), (True, "true"), (12345678901234567890123, "12345678901234567890123"), ("", "")],
+)
+def test_numbers_are_text_as_they_are_written(value: Any, text: str) -> None:
+    assert read("alpaca", {"instruction": "Hi", "output": value}).turns[1]["content"] == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "field", "code"),
+    [
+        ("prompt_completion", {"prompt": "Hi"}, "completion", "missing_field"),
+        ("prompt_completion", {"prompt": "Hi", "completion": None}, "completion", "missing_field"),
+        ("prompt_completion", {"prompt": ["Hi"], "completion": "Hello"}, "completion", "not_text"),
+        ("prompt_completion", {"prompt": "Hi", "completion": b"\xff"}, "completion", "not_utf8"),
+        ("prompt_completion", {"prompt": {}, "completion": "Hello"}, "prompt", "not_text"),
+        ("prompt_completion", {"prompt": [USER], "completion": [USER]}, "completion", "no_answer"),
+        (
+            "prompt_completion",
+            {"prompt": "Hi", "completion": "x", "history": "y"},
+            "history",
+            "unknown_field",
+        ),
+        ("prompt_completion", {"prompt": "Hi", "completion": float("inf")}, "completion", "not_text"),
+        ("alpaca", {"output": "Hello"}, "instruction", "missing_field"),
+        ("alpaca", {"instruction": "Hi", "input": {}, "output": "Hello"}, "input", "not_text"),
+        ("alpaca", {"instruction": "Hi", "output": "x", "history": "y"}, "history", "not_text"),
+        ("alpaca", {"instruction": "Hi", "output": "x", "history": [["a"]]}, "history[0]", "not_text"),
+        ("alpaca", {"instruction": "Hi", "output": "x", "tools": [1]}, "tools", "unknown_field"),
+        ("messages", {"messages": [USER, ASSISTANT], "system": "x"}, "system", "unknown_field"),
+        ("messages", {"messages": [USER, ASSISTANT], "weight": 0.5}, "weight", "unknown_field"),
+        ("messages", {"messages": [USER, ASSISTANT], "tools": [{}]}, "tools[0]", "invalid_tools"),
+        ("messages", {"messages": [USER, ASSISTANT], "tools": {"a": 1}}, "tools", "invalid_tools"),
+        ("messages", {"messages": [USER, ASSISTANT], "tools": "[{]"}, "tools", "invalid_json"),
+        (
+            "messages",
+            {"messages": [USER, ASSISTANT], "functions": [{"name": ""}]},
+            "functions[0]",
+            "invalid_tools",
+        ),
+        ("sharegpt", {"conversations": []}, "conversations", "missing_field"),
+        ("sharegpt", {"conversations": ["Hi"]}, "conversations[0]", "not_an_object"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "alien", "value": "x"}]},
+            "conversations[0].from",
+            "unknown_role",
+        ),
+        ("sharegpt", {"conversations": [{"from": "gpt", "value": 1}]}, "conversations[0].value", "not_text"),
+    ],
+)
+def test_a_broken_row_says_which_field(kind: Format, row: dict[str, Any], field: str, code: str) -> None:
+    with pytest.raises(RowError) as caught:
+        read(kind, row)
+    assert (caught.value.field, caught.value.code) == (field, code)
+
+
+def test_tools_are_read_in_every_form() -> None:
+    function = {"name": "f", "parameters": {"type": "object"}}
+    expected = [{"type": "function", "function": function}]
+    for tools in ([function], expected, '[{"name": "f", "parameters": {"type": "object"}}]'):
+        assert read("messages", {"messages": [USER, ASSISTANT], "tools": tools}).tools == expected
+        assert read("sharegpt", {"conversations": SHAREGPT, "tools": tools}).tools == expected
+    assert read("messages", {"messages": [USER, ASSISTANT], "functions": [function]}).tools == expected
+    assert read("messages", {"messages": [USER, ASSISTANT], "tools": "[]"}).tools is None

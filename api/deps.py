@@ -12,7 +12,8 @@ from core.control.db import Sessions
 from core.control.projects import Caller
 from core.control.tables import Role
 from core.errors import GraftError
-from core.ml.catalogue import Catalogue
+from core.ml import catalogue
+from core.ml.catalogue import BaseModel, Catalogue
 from core.settings import Settings
 from core.storage import Storage
 
@@ -98,3 +99,22 @@ def _page(
 
 
 PageDep = Annotated[Page, Depends(_page)]
+
+
+def ready_model(services: Services, name: str | None) -> BaseModel:
+    """The base model of that name, or the default one, if its files are here.
+
+    Raises:
+        NotFound: `model_not_found`.
+        GraftError: `model_not_ready`, 503.
+    """
+    base = catalogue.find(services.catalogue, name or services.settings.default_model)
+    if not base.ready:
+        base = catalogue.check(services.catalogue, base.name)
+        raise GraftError(
+            "model_not_ready",
+            f"The files of base model {base.name} are not here yet.",
+            status=503,
+            hint="A worker brings them when it starts or when the first job needs them.",
+        )
+    return base

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from cli.tokens import say
 from core import strict_json
 from core.strict_json import JsonError
 from graft_client.client import ApiError, Client, UnreachableError
@@ -40,9 +41,9 @@ def accept_any_text() -> None:
 
 def fail(message: str, hint: str | None = None, *, code: int = _USAGE) -> NoReturn:
     """Say in a line what is wrong, and leave."""
-    _say(message, style="red")
+    say(errors, message, style="red")
     if hint:
-        _say(hint)
+        say(errors, hint)
     raise typer.Exit(code)
 
 
@@ -53,11 +54,11 @@ def connected(url: str, key: str | None, home: Path) -> Iterator[Client]:
         with Client(url, key or _kept_key(home)) as client:
             yield client
     except ApiError as error:
-        _say(error.message, style="red")
+        say(errors, error.message, style="red")
         for item in error.errors[:_LISTED]:
-            _say(f"  {item.get('line') or item.get('field')}: {item['message']}")
+            say(errors, f"  {item.get('line') or item.get('field')}: {item['message']}")
         if error.hint:
-            _say(error.hint)
+            say(errors, error.hint)
         raise typer.Exit(1) from None
     except UnreachableError as error:
         fail(f"{error} Start it with: graft up", code=1)
@@ -103,7 +104,3 @@ def mapping_of(text: str | None) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         fail('--mapping must be a JSON object, such as {"prompt": "{question}", "completion": "{answer}"}.')
     return value
-
-
-def _say(text: str, style: str | None = None) -> None:
-    errors.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

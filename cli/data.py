@@ -22,6 +22,7 @@ from cli.connect import (
     mapping_of,
     require_file,
 )
+from cli.tokens import say
 from graft_client.client import Client, Json
 
 app = typer.Typer(
@@ -70,7 +71,7 @@ def check(
         found = client.validate(file, format=format_, mapping=parts, compare_with=against)
         show.report(console, str(file), found)
         if not found["valid"] and found["mapping"] not in (None, parts):
-            _say(f"\nThe mapping to use:\n  {_option(found['mapping'])}", style="bold")
+            say(console, f"\nThe mapping to use:\n  {_option(found['mapping'])}", style="bold")
         if repair is not None:
             _write_repaired(client, found, file, repair, format_, parts)
     if not found["valid"]:
@@ -130,23 +131,20 @@ def _write_repaired(
 ) -> None:
     if found["repair"] is None:
         why = "The file is right as it is" if found["valid"] else "There is nothing that a repair could mend"
-        _say(f"\n{why}; {target} is not written.")
+        say(console, f"\n{why}; {target} is not written.")
         return
     client.repaired(file, target, format=kind, mapping=mapping)
     kept = found["repair"]["rows"]
-    _say(
+    say(
+        console,
         f"\n{target} has the {kept} rows of the repaired file. Look at it before you train on it:",
         style="bold",
     )
     options = [] if kind == "auto" else ["--format", shlex.quote(kind)]
     if found["mapping"] is not None:
         options = [_option(found["mapping"])]
-    _say("  " + " ".join(["graft data check", shlex.quote(str(target)), *options]))
+    say(console, "  " + " ".join(["graft data check", shlex.quote(str(target)), *options]))
 
 
 def _option(mapping: Any) -> str:
     return f"--mapping {shlex.quote(json.dumps(mapping, ensure_ascii=False))}"
-
-
-def _say(text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

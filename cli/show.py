@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from cli import tokens
-from cli.tokens import visible
+from cli.tokens import say
 from graft_client.client import Client
 
 _TRAINED = {
@@ -62,28 +62,28 @@ def outcome(console: Console, job: dict[str, Any]) -> None:
 def report(console: Console, name: str, found: dict[str, Any]) -> None:
     """What a validation found: format, rows, lengths, errors, warnings and the repair."""
     can = "can be trained" if found["valid"] else "cannot be trained as it is"
-    _say(console, f"{name} {can}.", style="bold green" if found["valid"] else "bold red")
+    say(console, f"{name} {can}.", style="bold green" if found["valid"] else "bold red")
     facts = found["report"]
     if detection := facts.get("detection"):
         layout = f' in the layout "{detection["layout"]}"' if detection["layout"] else ""
-        _say(console, f"format    {found['format']}{layout}, {detection['confidence']}: {detection['why']}")
+        say(console, f"format    {found['format']}{layout}, {detection['confidence']}: {detection['why']}")
         if detection["alternatives"]:
-            _say(console, f"          It could also be: {', '.join(detection['alternatives'])}.")
+            say(console, f"          It could also be: {', '.join(detection['alternatives'])}.")
     if found["columns"]:
-        _say(console, f"columns   {', '.join(found['columns'])}")
+        say(console, f"columns   {', '.join(found['columns'])}")
     if found["rows"]:
-        _say(console, f"rows      {found['rows']}")
+        say(console, f"rows      {found['rows']}")
     if any((length := facts.get("length") or {}).values()):
         half, most, longest = length["p50"], length["p95"], length["max"]
-        _say(
+        say(
             console,
             f"length    half of the rows up to {half} characters, 95 % up to {most}, the longest {longest}",
         )
     _errors(console, found)
     if warnings := facts.get("warnings"):
-        _say(console, f"warnings  {facts['warning_count']}", style="yellow")
+        say(console, f"warnings  {facts['warning_count']}", style="yellow")
         for warning in warnings:
-            _say(console, f"  {warning['message']}{_lines(warning)}")
+            say(console, f"  {warning['message']}{_lines(warning)}")
     if found["repair"]:
         _repair(console, found["repair"])
 
@@ -92,25 +92,25 @@ def preview(console: Console, dataset: dict[str, Any], shown: dict[str, Any]) ->
     """The previewed rows of a data set, with what is trained of them."""
     by = dataset["mapping"] or {}
     layout = f' in the layout "{by["layout"]}"' if by.get("layout") else ""
-    _say(console, f"{dataset['name']}: {dataset['rows']} rows, format {dataset['format']}{layout}")
-    _say(console, f"model     {shown['model']}")
+    say(console, f"{dataset['name']}: {dataset['rows']} rows, format {dataset['format']}{layout}")
+    say(console, f"model     {shown['model']}")
     if "text" in by and not layout:
-        _say(console, "template  none: the rows are plain texts\ntrained   the whole text, with its end")
+        say(console, "template  none: the rows are plain texts\ntrained   the whole text, with its end")
     else:
         own = "the model's own" if shown["template"] == "model" else "plain text, as the model has none"
-        _say(console, f"template  {own} (sha256 {shown['template_sha256'][:12]})")
-        _say(console, f"trained   {_TRAINED[shown['loss_on']]}")
+        say(console, f"template  {own} (sha256 {shown['template_sha256'][:12]})")
+        say(console, f"trained   {_TRAINED[shown['loss_on']]}")
     for row in shown["rows"]:
-        _say(
+        say(
             console,
             f"\nline {row['line']}: {row['n_tokens']} tokens, {row['n_trained']} trained{_faults(row)}",
             "bold",
         )
         tokens.print_row(console, row)
         if len(row["tokens"]) < row["n_tokens"]:
-            _say(console, f"… the first {len(row['tokens'])} tokens of it are shown.")
+            say(console, f"… the first {len(row['tokens'])} tokens of it are shown.")
     totals, ends = shown["totals"], sum(row["ends_trained"] for row in shown["rows"])
-    _say(
+    say(
         console,
         f"\n{tokens.legend(console)}: {totals['trained']} of {totals['tokens']} tokens in {totals['rows']} rows. "
         f"Too long: {totals['too_long']}, truncated: {totals['truncated']}. "
@@ -121,16 +121,16 @@ def preview(console: Console, dataset: dict[str, Any], shown: dict[str, Any]) ->
 def _errors(console: Console, found: dict[str, Any]) -> None:
     if not found["errors"]:
         return
-    _say(console, f"errors    {found['error_count']}", style="red")
+    say(console, f"errors    {found['error_count']}", style="red")
     listed = [
         (f"line {item['line']}" if item["line"] else "file", item["field"], _told(item, found["mapping"]))
         for item in found["errors"]
     ]
     where, what = max(len(item[0]) for item in listed), max(len(item[1]) for item in listed)
     for line, field, told in listed:
-        _say(console, f"  {line:<{where}}  {field:<{what}}  {told}")
+        say(console, f"  {line:<{where}}  {field:<{what}}  {told}")
     if (left := found["error_count"] - len(listed)) > 0:
-        _say(console, f"  and {left} more")
+        say(console, f"  and {left} more")
 
 
 def _told(item: dict[str, Any], mapping: Any) -> str:
@@ -148,13 +148,13 @@ def _lines(warning: dict[str, Any]) -> str:
 
 
 def _repair(console: Console, repair: dict[str, Any]) -> None:
-    _say(
+    say(
         console,
         f"repair    {repair['rows']} rows, {repair['changed']} of them changed, {repair['left_out']} left out; the first:",
         style="cyan",
     )
     for line in repair["diff"].splitlines():
-        _say(console, f"  {line}", style=_DIFF_STYLES.get(line[:1]))
+        say(console, f"  {line}", style=_DIFF_STYLES.get(line[:1]))
 
 
 def _faults(row: dict[str, Any]) -> str:
@@ -166,10 +166,6 @@ def _faults(row: dict[str, Any]) -> str:
     if not row["ends_trained"]:
         faults.append("its end is not trained")
     return "".join(f", {fault}" for fault in faults)
-
-
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _facts(job: dict[str, Any]) -> str:

@@ -71,3 +71,8 @@ def _parts(text: str, tokens: list[dict[str, Any]]) -> Iterator[tuple[str, bool]
         yield piece, trained
         at, waiting, reach = found + len(piece), None, 0
     yield text[at:], bool(waiting)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a text that others had a hand in: nothing in it is markup, and nothing of it the terminal obeys."""
+    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)

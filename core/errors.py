@@ -41,6 +41,12 @@ class GraftError(Exception):
         self.errors = errors
         self.error_count = error_count
 
+    def within(self, where: str) -> "GraftError":
+        """The same error, its message beginning with where it was met."""
+        return type(self)(
+            self.code, f"{where}: {self.message}", status=self.status, param=self.param, hint=self.hint
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """What a failed job keeps: code, message and hint."""
         return {"code": self.code, "message": self.message, "hint": self.hint}

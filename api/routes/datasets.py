@@ -1,4 +1,4 @@
-"""Data sets: upload, look, delete, and the preview of what would be trained."""
+"""Data sets: upload, check, look, delete."""
 
 import hashlib
 import tempfile

@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from ulid import ULID
 
-from api.deps import CallerDep, Services, ServicesDep
+from api.deps import CallerDep, Services, ServicesDep, ready_model
 from api.engine import Target
 from api.requests import StrictRoute
 from api.schemas.generate import GenerateRequest, Generation, Output
@@ -107,15 +107,7 @@ def _prepare(
         contract = contracts.load_cached(folder or _prompt_files(services, row))
         base = catalogue.find(services.catalogue, row.base_model)
     else:
-        base = catalogue.find(services.catalogue, body.model or services.settings.default_model)
-        if not base.ready:
-            base = catalogue.check(services.catalogue, base.name)
-            raise GraftError(
-                "model_not_ready",
-                f"The files of base model {base.name} are not here yet.",
-                status=503,
-                hint="A worker brings them when it starts or when the first job needs them.",
-            )
+        base = ready_model(services, body.model)
         target = Target(base.name, base.name)
         contract = contracts.load_cached(base.path)
     ids = _tokens(body, contract)

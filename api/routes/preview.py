@@ -5,13 +5,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.deps import CallerDep, ServicesDep
+from api.deps import CallerDep, ServicesDep, ready_model
 from api.requests import StrictRoute
 from api.schemas.datasets import Preview, PreviewRow, Token
 from core.control import datasets, db
-from core.errors import BadRequest, GraftError
-from core.ml import catalogue, prompts
+from core.errors import BadRequest
 from core.ml import contract as contracts
+from core.ml import prompts
 from core.ml.formats import validate
 from core.ml.formats.chat.example import Example
 from core.ml.prompts import Contract, LossOn
@@ -38,14 +38,7 @@ def preview(
     """
     with db.reading(services.sessions) as session:
         row = datasets.get(session, caller.project_id, dataset_id)
-    base = catalogue.find(services.catalogue, model or services.settings.default_model)
-    if not base.ready:
-        raise GraftError(
-            "model_not_ready",
-            f"The files of base model {base.name} are not here yet.",
-            status=503,
-            hint="A worker brings them when it starts or when the first job needs them.",
-        )
+    base = ready_model(services, model)
     contract = contracts.load_cached(base.path)
     rows: list[PreviewRow] = []
     texts = False
@@ -81,9 +74,9 @@ def _preview_row(
     try:
         whole = prompts.encode(contract, example, loss_on=loss_on)
     except BadRequest as error:
-        param = error.param.removeprefix("training.") if error.param else None
-        message = f"Line {line}: {error.message}"
-        raise BadRequest(error.code, message, param=param, hint=error.hint) from error
+        told = error.within(f"Line {line}")
+        told.param = error.param.removeprefix("training.") if error.param else None
+        raise told from error
     cut = prompts.truncated(contract, whole, max_length) if max_length is not None else whole
     encoded = cut or whole
     ids = encoded.ids[:_SHOWN_TOKENS]

@@ -100,7 +100,7 @@ def encode_all(
         for example, plan in some:
             try:
                 if isinstance(plan, _Plan):
-                    known = next(ids) if plan.marks is None else _ids_of_marked(contract, plan)
+                    known = next(ids) if plan.marks is None else _ids_of(contract, plan)
                     yield _masked(contract, plan, known, loss_on)
                 else:
                     yield plan or _text(contract, str(example), loss_on)
@@ -121,6 +121,8 @@ def _batches(
                 characters += sum(map(len, plan.pieces))
             except BadRequest as error:
                 plan = error
+        else:
+            characters += len(example)
         some.append((example, plan))
         if len(some) == _BATCH or characters >= _BATCH_CHARACTERS:
             yield some
@@ -128,8 +130,9 @@ def _batches(
     yield some
 
 
-def _ids_of_marked(contract: Contract, plan: _Plan) -> list[list[int]]:
-    assert plan.marks is not None  # noqa: S101 - the callers looked
+def _ids_of(contract: Contract, plan: _Plan) -> list[list[int]]:
+    if plan.marks is None:
+        return tokens.ids_of_pieces(contract.tokenizer, [plan.pieces])[0]
     return [
         tokens.ids_of_marked(contract.tokenizer, piece, plan.marks, continued=i > 0)
         for i, piece in enumerate(plan.pieces)
@@ -142,11 +145,7 @@ def encode_prompt(
     """The tokens after which the model answers: the same that came before an answer in training."""
     turns = [Turn(**message) for message in messages]  # type: ignore[typeddict-item]
     plan = _plan(contract, Conversation(turns, tools))
-    if plan.marks is None:
-        known = tokens.ids_of_pieces(contract.tokenizer, [plan.pieces])[0]
-    else:
-        known = _ids_of_marked(contract, plan)
-    return _checked(contract, list(chain.from_iterable(known)))
+    return _checked(contract, list(chain.from_iterable(_ids_of(contract, plan))))
 
 
 def encode_beginning(contract: Contract, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Conversations to text through a chat template. Used by core.ml.prompts alone.
+"""Conversations to text through a chat template, for core.ml.prompts.
 
 Control tokens that people wrote stay text: they are put between two marks before the template runs, and
 what is between marks is tokenised as plain text after it.
@@ -6,7 +6,8 @@ what is between marks is tokenised as plain text after it.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
@@ -154,14 +155,26 @@ def system_default(tokenizer: Any) -> str | None:
 
 def marks_for(conversation: Conversation, control: re.Pattern[str]) -> Marks | None:
     """Two characters that occur nowhere in the conversation; None where no control token does."""
-    text = json.dumps([conversation.turns, conversation.tools], ensure_ascii=False)
-    if not control.search(text):
+    texts = list(_texts([conversation.turns, conversation.tools]))
+    if not any(control.search(text) for text in texts):
         return None
-    used = set(text)
-    free = [chr(code) for code in _PRIVATE if chr(code) not in used]
+    used = set().union(*texts)
+    free = list(islice((chr(code) for code in _PRIVATE if chr(code) not in used), 2))
     if len(free) < 2:
         raise BadRequest("too_many_private_characters", "The conversation holds every private character.")
     return Marks(free[0], free[1], control)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(name)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def marked(value: Any, marks: Marks) -> Any:
@@ -202,7 +215,7 @@ def opening(tokenizer: Any, conversation: Conversation) -> str:
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """The tokens that a text must not be able to forge: special ones, and those that the template writes."""
+    """The tokens that a text must not be able to forge, as transformers finds them: special ones and the template's."""
     try:
         tokens = tokenizer._get_control_tokens(tokenizer.chat_template)
     except TemplateError as error:

@@ -1,4 +1,4 @@
-"""Text to token ids, whole or in pieces. Used by core.ml.prompts alone."""
+"""Text to token ids, whole or in pieces. For core.ml.prompts."""
 
 import json
 import re

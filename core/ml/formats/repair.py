@@ -21,7 +21,7 @@ from core.ml.formats.chat.example import RowError
 from core.ml.formats.chat.mapping import Mapping
 from core.ml.formats.chat.rows import Reader, reader
 from core.ml.formats.files import json_rows, read
-from core.ml.formats.files.rows import Limits
+from core.ml.formats.files.rows import Limits, Row
 from core.ml.formats.findings import Findings
 from core.strict_json import JsonError
 
@@ -87,10 +87,10 @@ def examine(
     if report is not None and not report.error_count:
         found = report.detection.mapping if report.detection else None
         return Examination(report, [], 0, found, report.columns, None)
-    if failure is not None and failure.code in ("unknown_format", "ambiguous_format", "invalid_mapping"):
+    if failure is not None and failure.code in ("unknown_format", "invalid_mapping"):
         mapping, columns = _suggestion(file, limits)
     errors, count = (report.errors, report.error_count) if report is not None else ([_of_file(failure)], 1)
-    readable = failure is None or failure.code in ("unknown_format", "invalid_dataset")
+    readable = failure is None or failure.code == "unknown_format"
     repair = _written(file, target, limits, kind, mapping) if readable else None
     if repair is None and readable and mapping is not given:
         # The rows that could be read were parts of others, such as lines of an object over several.
@@ -125,7 +125,7 @@ def _of_file(error: BadRequest | None) -> dict[str, Any]:
 
 
 def _suggestion(file: IO[bytes], limits: Limits) -> tuple[Mapping | None, list[str]]:
-    """A mapping with which the first rows can be read, and the columns."""
+    """A mapping with which the first rows can be read, and the columns. Raises as `read.identify`."""
     kind, packed = read.identify(file)
     with closing(read.rows(file, kind, packed, limits)) as rows:
         sample = [row.values for row in validate.first_rows(rows) if row.problem is None]
@@ -167,15 +167,24 @@ def write(
     return Repair(rows, changed, left_out, "".join(diff)) if rows else None
 
 
+def _value(row: Row) -> tuple[int, str, dict[str, Any] | None]:
+    if row.problem is not None and row.problem.ends:
+        raise BadRequest("not_repairable", row.problem.message)
+    # Bytes of a Parquet column that nobody reads have no place in JSON.
+    values = {name: value for name, value in row.values.items() if not isinstance(value, bytes)}
+    return row.line, strict_json.dumps(values), values if row.problem is None else None
+
+
 def _values(file: IO[bytes], limits: Limits) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
-    """(line, text, values) of every row, broken ones read as well as can be."""
+    """(line, text, values) of every row, broken ones read as well as can be.
+
+    Raises:
+        BadRequest: `not_repairable`, the rows after a broken one have no borders.
+    """
     kind, packed = read.identify(file)
     if kind != "jsonl":
         with closing(read.rows(file, kind, packed, limits)) as rows:
-            for row in rows:
-                # Bytes of a Parquet column that nobody reads have no place in JSON.
-                values = {name: value for name, value in row.values.items() if not isinstance(value, bytes)}
-                yield row.line, strict_json.dumps(values), values if row.problem is None else None
+            yield from map(_value, rows)
         return
     file.seek(0)
     source = read.unpacked(file, limits) if packed else file

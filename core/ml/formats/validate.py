@@ -119,14 +119,14 @@ def _examples(
     known: frozenset[str] = frozenset()
     for row in itertools.chain(head, rows):
         if row.problem is not None:
-            yield row.line, RowError("", *row.problem)
+            yield row.line, RowError("", *row.problem[:3])
             continue
         if read_row is None:
             sample = sample or [row.values]  # none of the first rows could be read
             report.columns = list(dict.fromkeys(name for values in sample for name in values))
-            report.detection = decide(kind, mapping, sample, report.columns)
-            read_row = reader(report.detection.format, report.detection.mapping)
-            known = _known_columns(report.detection)
+            found = report.detection = decide(kind, mapping, sample, report.columns)
+            read_row = reader(found.format, found.mapping)
+            known = _known_columns(found)
         try:
             example = read_row(row.values)
         except RowError as error:
@@ -158,9 +158,7 @@ def _note_unread(row: Row, example: Example, known: frozenset[str], findings: Fi
             findings.unread(row.line, name)
 
 
-def _known_columns(detection: Detection | None) -> frozenset[str]:
-    if detection is None:
-        return frozenset()
+def _known_columns(detection: Detection) -> frozenset[str]:
     if detection.mapping is not None:
         return frozenset(mappings.columns_of(detection.mapping))
     return COLUMNS[detection.format]
@@ -188,7 +186,11 @@ def conversations(file: IO[bytes], how: Reading) -> Iterator[tuple[int, Example]
         for row in rows:
             if row.problem is not None:
                 raise BadRequest("invalid_dataset", f"Line {row.line} cannot be read any more.")
-            yield row.line, read_row(row.values)
+            try:
+                yield row.line, read_row(row.values)
+            except RowError as error:  # kept by an older version that knew less
+                message = f"Line {row.line}: {error.message}"
+                raise BadRequest("invalid_dataset", message, param="file", hint=error.hint) from error
 
 
 def findings_of(file: IO[bytes], how: Reading) -> Findings:
@@ -217,7 +219,7 @@ def _check_request(kind: str, mapping: Mapping | None) -> None:
     check_format(kind)
     if kind == "mapping" and mapping is None:
         raise _no_mapping()
-    if mapping is not None and kind not in ("auto", "mapping", "text"):
+    if mapping is not None and kind not in ("auto", "mapping") and not (kind == "text" and "text" in mapping):
         raise BadRequest(
             "invalid_mapping", f"A mapping and format {kind} exclude each other.", param="format"
         )

@@ -98,8 +98,7 @@ def _encoded(
     for encoded in prompts.encode_all(contract, examples(), loss_on=loss_on):
         line = lines.popleft()
         if isinstance(encoded, BadRequest):
-            message = f"Line {line}: {encoded.message}"
-            raise BadRequest(encoded.code, message, param=encoded.param, hint=encoded.hint) from encoded
+            raise encoded.within(f"Line {line}") from encoded
         yield line, encoded
 
 
@@ -126,11 +125,11 @@ def _add(made: Tokenised, line: int, encoded: Encoded) -> None:
 
 def shared(train: Tokenised, valid: Tokenised) -> list[int]:
     """The lines of validation rows that are trained too: their loss proves nothing."""
-    known = {tuple(example["input_ids"]) for example in train.examples}
+    known = {hash(tuple(example["input_ids"])) for example in train.examples}
     return [
         line
         for line, example in zip(valid.lines, valid.examples, strict=True)
-        if tuple(example["input_ids"]) in known
+        if hash(tuple(example["input_ids"])) in known
     ]
 
 

@@ -33,10 +33,16 @@ def save(model: PeftModel, contract: Contract, base: BaseModel, spec: Spec, fold
     config["target_modules"] = sorted(config["target_modules"])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     contracts.save(contract, folder)
-    (folder / "README.md").write_text(_readme(base, spec))
+    (folder / "README.md").write_text(_readme(base, spec, contract))
 
 
-def _readme(base: BaseModel, spec: Spec) -> str:
+def _readme(base: BaseModel, spec: Spec, contract: Contract) -> str:
+    if contract.rows == "text":
+        prompt = "It was trained on plain texts: give it the beginning of one, without a chat template"
+    else:
+        prompt = "Write prompts with the tokenizer's chat template"
+        if "text" in contract.styles:
+            prompt += ", in which system messages or tools are text as `prompt_contract.json` says"
     return f"""# LoRA adapter for {base.name}
 
 Trained with Graft: r {spec.lora.r}, alpha {spec.lora.alpha}, {spec.quantization.bits}-bit base, seed {spec.seed}.
@@ -49,5 +55,5 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base.na
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
 
-Write prompts with the tokenizer's chat template; `prompt_contract.json` names the tokens that end an answer.
+{prompt}; `prompt_contract.json` names the tokens that end an answer.
 """

@@ -118,8 +118,7 @@ def _validation(run: Run, contract: Contract, context: int) -> Tokenised:
     try:
         return tokenise(run.valid, contract, loss_on=training.loss_on, context=context, training=training)
     except BadRequest as error:
-        message = f"In the validation data set: {error.message}"
-        raise BadRequest(error.code, message, param=error.param, hint=error.hint) from error
+        raise error.within("In the validation data set") from error
 
 
 def _settle(spec: Spec, data: Tokenised, rows: int, precision: Precision) -> tuple[Spec, int]:

@@ -186,3 +186,17 @@ def test_a_huge_element_is_not_read_to_its_end(element: bytes) -> None:
     found = list(json_rows.array(file, Limits(line_bytes=2_000_000)))
     assert problems(found) == [(2, "line_too_long")]
     assert file.taken < 6_000_000
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"), [(b'{"a": 1} {"a": 2}', "comma"), (b'{"a": NaN}', "NaN"), (b'{"a" 1}', "delimiter")]
+)
+def test_in_a_long_array_the_fault_itself_is_told(fault: bytes, word: str) -> None:
+    good = b'{"a": "' + b"x" * 200 + b'"},\n'
+    data = b"[" + good * 3 + fault + b",\n" + good * 100 + b"1]"
+    found = rows_of(data, "json", 1000)
+    problem = next(row for row in found if row.problem is not None)
+    assert problem.line == 4
+    assert problem.problem is not None
+    assert word in problem.problem.message
+    assert "column" not in problem.problem.message

@@ -152,13 +152,37 @@ def test_packed_files_arrays_and_tables_are_repaired_too() -> None:
     for data in (
         gzip.compress(GOOD + b"\n{}\n"),
         b"[" + GOOD + b", {}]",
-        b"[" + GOOD + b", {]",
         b"prompt,completion\na,b\nc\n",
     ):
         found, rows = examine(data)
         assert rows == [json.loads(GOOD)]
         assert found.repair is not None
         assert found.repair.left_out == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" + GOOD + b", {]",
+        b"[" + GOOD + b" " + GOOD + b", " + GOOD + b"]",
+        b"prompt,completion\na,b\nc,\0\nd,e\n",
+        b'prompt,completion\na,b\nc,"d" e\nf,g\n',
+        b"prompt,completion\na,b\nc,\xff\nd,e\n",
+    ],
+)
+def test_where_the_rest_of_a_file_has_no_borders_no_repair_leaves_it_out(data: bytes) -> None:
+    found, _ = examine(data)
+    assert not found.valid
+    assert found.repair is None
+
+
+def test_what_must_be_chosen_is_not_suggested() -> None:
+    layouts = jsonl({"text": "<s>[INST] a [/INST] b </s>"}, {"text": "no layout"})
+    formats = jsonl({"prompt": "a", "completion": "b", "messages": [USER, ASSISTANT]})
+    for data in (layouts, formats):
+        found, _ = examine(data)
+        assert [error["code"] for error in found.errors] == ["ambiguous_format"]
+        assert (found.mapping, found.repair) == (None, None)
 
 
 def test_a_file_that_breaks_off_after_its_first_rows_has_no_repair() -> None:

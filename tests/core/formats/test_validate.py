@@ -165,3 +165,17 @@ def test_a_file_that_has_changed_is_not_read_further() -> None:
     how = Reading("jsonl", False, "prompt_completion", None, Limits(line_bytes=100))
     with pytest.raises(BadRequest, match="Line 2 cannot be read any more"):
         list(validate.conversations(io.BytesIO(jsonl(pair("a"), "broken")), how))
+
+
+def test_a_kept_file_that_cannot_be_read_any_more_names_the_line() -> None:
+    how = validate.Reading("jsonl", False, "prompt_completion", None)
+    with pytest.raises(BadRequest, match="Line 2: ") as caught:
+        list(validate.conversations(io.BytesIO(jsonl(pair("a"), {"prompt": "a"})), how))
+    assert caught.value.code == "invalid_dataset"
+
+
+def test_format_text_takes_a_mapping_of_a_text_only() -> None:
+    with pytest.raises(BadRequest) as caught:
+        inspect(pair("a"), kind="text", mapping={"prompt": "{prompt}", "completion": "{completion}"})
+    assert caught.value.code == "invalid_mapping"
+    assert inspect({"body": "a b"}, kind="text", mapping={"text": "{body}"}).rows == 1

@@ -227,14 +227,19 @@ def test_many_rows_at_once_are_encoded_as_one_by_one(contract: Contract) -> None
     assert all(made[i] == made[i % 4] for i in range(600) if i % 4 != 2)
 
 
-def test_long_rows_do_not_wait_for_a_full_batch(contract: Contract, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "row", [Conversation([Turn(role="user", content="x" * 800), FIRST[2]]), "x" * 800], ids=["turns", "text"]
+)
+def test_long_rows_do_not_wait_for_a_full_batch(
+    contract: Contract, monkeypatch: pytest.MonkeyPatch, row: Conversation | str
+) -> None:
     monkeypatch.setattr(prompts, "_BATCH_CHARACTERS", 1000)
     taken = 0
 
     def rows() -> Iterator[str | Conversation]:
         nonlocal taken
         for taken in range(1, 100):  # noqa: B007 - what was taken is what is looked at
-            yield Conversation([Turn(role="user", content="x" * 800), FIRST[2]])
+            yield row
 
     next(prompts.encode_all(contract, rows()))
     assert taken <= 2

@@ -30,7 +30,7 @@ SHAREGPT_ROLES = {name: name for name in ROLES} | {
 _PLAIN = ("user", "assistant", "system")
 # A template is rendered once for every answer: more would take minutes a row.
 MAX_MESSAGES = 1000
-_READ = {"role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call"}
+_READ = {"name", "weight", "tool_calls", "tool_call_id", "function_call"}
 
 
 class Keys(NamedTuple):
@@ -69,13 +69,13 @@ def parse(value: Any, keys: Keys) -> tuple[list[Turn], frozenset[int], frozenset
         raise RowError(keys.column, "too_many_messages", message, "Divide the conversation.")
     turns: list[Turn] = []
     untrained = []
+    known = _READ | {keys.role, keys.content}
     unread: set[str] = set()
     for i, item in enumerate(value):
         turn = _turn(i, item, keys, turns)
         if len(item) > 2:
             if "weight" in item and _weight(i, item, turn, keys.column) == 0:
                 untrained.append(i)
-            known = _READ | {keys.role, keys.content}
             unread.update(
                 f"{keys.column}[].{name[:60]}"
                 for name, field in item.items()

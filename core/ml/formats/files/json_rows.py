@@ -11,6 +11,10 @@ from core.strict_json import JsonError
 
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 1024**2
+_REST = "The rest of the array is not read."
+_COLUMN = re.compile(r" at column \d+")
+# An escape or a literal that is cut is not longer.
+_NEAR = 16
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -80,11 +84,11 @@ def array(file: IO[bytes], limits: Limits) -> Generator[Row]:
         else:
             yield from _elements(window, limits)
         if window.skip():
-            yield broken(window.line, "invalid_json", "Something follows the end of the array.", None)
+            message = "Something follows the end of the array."
+            yield broken(window.line, "invalid_json", message, ends=True)
     except UnicodeDecodeError:
-        yield broken(
-            window.line_of_end(), "not_utf8", "The file is not UTF-8 from this line on.", "Save it as UTF-8."
-        )
+        message = "The file is not UTF-8 from this line on."
+        yield broken(window.line_of_end(), "not_utf8", message, "Save it as UTF-8.", ends=True)
 
 
 def _elements(window: "_Window", limits: Limits) -> Generator[Row]:
@@ -95,9 +99,8 @@ def _elements(window: "_Window", limits: Limits) -> Generator[Row]:
         except JsonError as error:
             if error.end is None:
                 at = window.line_at(error.offset)
-                yield broken(
-                    at, error.code, error.message, error.hint or "The rest of the array is not read."
-                )
+                message = _COLUMN.sub("", error.message)  # of a window, not of a line
+                yield broken(at, error.code, message, error.hint or _REST, ends=True)
                 window.finish()
                 return
             yield broken(line, error.code, error.message, error.hint)
@@ -114,7 +117,8 @@ def _elements(window: "_Window", limits: Limits) -> Generator[Row]:
                 window.line,
                 "invalid_json",
                 f"Not valid JSON: after an element comes {what} instead of a comma or a bracket.",
-                "The rest of the array is not read.",
+                _REST,
+                ends=True,
             )
             window.finish()
             return
@@ -171,6 +175,8 @@ class _Window:
             except JsonError as error:
                 if error.code != "invalid_json":
                     raise
+                if not self._may_go_on(error):
+                    raise
                 if len(self.text) - self.pos > limits.line_bytes:
                     raise _too_long_error(limits, error) from error
                 if not self.more():
@@ -182,6 +188,12 @@ class _Window:
                 raise _too_long_error(limits, None)
             self.pos = end
             return value
+
+    def _may_go_on(self, error: JsonError) -> bool:
+        """Whether more text may mend it: only if it is at the end of the text, or a string is open there."""
+        if error.offset is None:
+            return False
+        return "Unterminated" in error.message or len(self.text[error.offset :].strip()) <= _NEAR
 
     def line_at(self, offset: int | None) -> int:
         return self.line if offset is None else self.line + self.text.count("\n", self.pos, offset)

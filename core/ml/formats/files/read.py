@@ -26,7 +26,7 @@ def identify(file: IO[bytes]) -> tuple[FileType, bool]:
         head = source.read(detect.HEAD)
         while head.removeprefix(b"\xef\xbb\xbf").isspace() and (more := source.read(detect.HEAD)):
             head = more
-    except (EOFError, OSError, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _damaged(0) from error
     return detect.file_type(head), packed
 

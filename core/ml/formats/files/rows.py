@@ -24,11 +24,12 @@ class Limits:
 
 
 class Problem(NamedTuple):
-    """Why a row cannot be read."""
+    """Why a row cannot be read. `ends`: nor can the rest of the file, whose rows have no borders any more."""
 
     code: str
     message: str
     hint: str | None = None
+    ends: bool = False
 
 
 class Row(NamedTuple):
@@ -39,8 +40,8 @@ class Row(NamedTuple):
     problem: Problem | None = None
 
 
-def broken(line: int, code: str, message: str, hint: str | None = None) -> Row:
-    return Row(line, {}, Problem(code, message, hint))
+def broken(line: int, code: str, message: str, hint: str | None = None, *, ends: bool = False) -> Row:
+    return Row(line, {}, Problem(code, message, hint, ends))
 
 
 def unsupported(message: str, hint: str | None = None) -> BadRequest:

@@ -16,7 +16,7 @@ _BATCH_BYTES = 256 * 1024**2
 
 
 def csv_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
-    """One row a record, with the line it begins on. Broken quoting ends the reading."""
+    """One row a record, with the line it begins on. Broken quoting, NUL and bytes that are no text end the reading."""
     csv.field_size_limit(limits.line_bytes)
     source = _Lines(file, limits.line_bytes)
     start = 1
@@ -27,7 +27,7 @@ def csv_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
         reader = csv.reader(source, delimiter=delimiter(first), strict=True)
         header = [name.strip() for name in next(reader, [])]
         if len(header) > limits.columns or len(set(header)) != len(header) or "" in header:
-            yield broken(start, "invalid_header", _header_problem(header, limits))
+            yield broken(start, "invalid_header", _header_problem(header, limits), ends=True)
             return
         source.record_bytes, start = 0, source.line + 1
         for values in reader:
@@ -35,14 +35,21 @@ def csv_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
                 yield _record(start, header, values)
             source.record_bytes, start = 0, source.line + 1
     except _NulError:
-        yield broken(start, "invalid_text", "The row holds a NUL character, which is not text.", "Remove it.")
+        yield broken(
+            start,
+            "invalid_text",
+            "The row holds a NUL character, which is not text.",
+            "Remove it.",
+            ends=True,
+        )
     except csv.Error as error:
         what, hint = str(error), "Is a quotation mark missing or too many?"
         if what.startswith("new-line character"):
             what, hint = "a line ends in CR alone", "Save the file with LF or CRLF at the end of each line."
-        yield broken(start, "invalid_csv", f"Not valid CSV: {what}.", hint)
+        yield broken(start, "invalid_csv", f"Not valid CSV: {what}.", hint, ends=True)
     except UnicodeDecodeError:
-        yield broken(start, "not_utf8", "The file is not UTF-8 from this line on.", "Save the file as UTF-8.")
+        message = "The file is not UTF-8 from this line on."
+        yield broken(start, "not_utf8", message, "Save the file as UTF-8.", ends=True)
 
 
 def _header_problem(header: list[str], limits: Limits) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from fastapi import Request
+from fastapi.dependencies.utils import get_flat_params
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.deps import authenticate
 from api.errors import render
 from core import strict_json
-from core.errors import BadRequest, NotFound
+from core.errors import BadRequest, NotFound, nearest
 from core.strict_json import JsonError
 
 MAX_DEPTH = 32
@@ -43,9 +44,20 @@ class StrictRoute(APIRoute):
                 raise NotFound("not_found", "There is nothing with a NUL character in its name.")
             if "\0" in unquote(request.url.query):
                 raise BadRequest("invalid_request", "The query holds a NUL character.")
+            self._refuse_unknown(request)
             return await handler(StrictRequest(request.scope, request.receive))
 
         return strict
+
+    def _refuse_unknown(self, request: Request) -> None:
+        """A misspelt parameter of the query must not be passed over: FastAPI would."""
+        known = [field.alias for field in get_flat_params(self.dependant)]
+        for name in request.query_params:
+            if name not in known and not name.startswith("metadata["):
+                near = nearest(name, known)
+                hint = f'Did you mean "{near}"?' if near else None
+                message = f'There is no parameter "{name[:60]}".'
+                raise BadRequest("invalid_request", message, param=name[:60], hint=hint)
 
 
 def parse(body: bytes) -> Any:

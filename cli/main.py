@@ -1,5 +1,6 @@
 """The `graft` command: `up` runs the service, the rest are small clients of its HTTP API."""
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,13 @@ def train(
 ) -> None:
     """Upload a data set, train an adapter on it, and show how it goes."""
     parts = mapping_of(mapping)
+    if steps is not None and epochs is not None:
+        fail("Give --steps or --epochs, not both.")
+    for option, number in (("--epochs", epochs), ("--learning-rate", learning_rate)):
+        if number is not None and not 0 < number < math.inf:
+            fail(f"{option} must be a number above 0.")
+    if output is not None and not output.parent.is_dir():
+        fail(f"{output.parent} is no folder.")
     with connected(url, key, home) as client:
         dataset = client.upload(file, name=name, mapping=parts, format=format_)
         console.print(f"Data set {dataset['id']}: {dataset['rows']} rows, format {dataset['format']}.")

@@ -109,11 +109,13 @@ def preview(console: Console, dataset: dict[str, Any], shown: dict[str, Any]) ->
         tokens.print_row(console, row)
         if len(row["tokens"]) < row["n_tokens"]:
             say(console, f"… the first {len(row['tokens'])} tokens of it are shown.")
+    if shown["stopped"]:
+        say(console, "\nFurther rows are not shown: these are long.")
     totals, ends = shown["totals"], sum(row["ends_trained"] for row in shown["rows"])
     say(
         console,
         f"\n{tokens.legend(console)}: {totals['trained']} of {totals['tokens']} tokens in {totals['rows']} rows. "
-        f"Too long: {totals['too_long']}, truncated: {totals['truncated']}. "
+        f"Too long (over {shown['limit']}): {totals['too_long']}, truncated: {totals['truncated']}. "
         f"The end is trained in {ends} of {totals['rows']} rows.",
     )
 

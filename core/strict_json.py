@@ -75,7 +75,7 @@ def load_at(text: str, start: int, *, depth: int) -> tuple[Any, int]:
     try:
         value, end = _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
-        message = f"Not valid JSON: {error.msg} at column {error.colno}."
+        message = f"Not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}."
         raise JsonError("invalid_json", message, offset=error.pos) from error
     except RecursionError:
         raise JsonError("too_deep", f"It is nested more than {depth} levels deep.") from None

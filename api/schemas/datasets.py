@@ -81,10 +81,13 @@ class Token(BaseModel):
 
 
 class PreviewRow(BaseModel):
+    """`n_tokens` are trained with; of a very long row only the first `n_shown` are in `tokens` and `text`."""
+
     line: int
     text: str
     tokens: list[Token]
     n_tokens: int
+    n_shown: int
     n_trained: int
     truncated: bool
     too_long: bool
@@ -92,11 +95,15 @@ class PreviewRow(BaseModel):
 
 
 class Preview(BaseModel):
+    """`limit`: tokens a row may have. `stopped`: fewer rows are shown than asked for, as they are long."""
+
     object: Literal["preview"] = "preview"
     dataset_id: str
     model: str
     loss_on: str
     max_length: int | None
+    limit: int
+    stopped: bool
     template: str
     template_sha256: str
     stop_token_ids: list[int]

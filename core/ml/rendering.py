@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
+from core import strict_json
 from core.errors import BadRequest
 from core.ml.formats.chat.example import Conversation, Turn
 
@@ -82,7 +83,7 @@ def _tools_as_text(
             continue
         parts = [turn["content"]] if turn["content"] else []
         parts += [
-            f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+            f"<tool_call>\n{strict_json.dumps(call['function'])}\n</tool_call>"
             for call in turn.get("tool_calls", ())
         ]
         if i in untrained:
@@ -92,7 +93,7 @@ def _tools_as_text(
             written_turn["name"] = turn["name"]
         made.append(written_turn)
     if tools:
-        listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        listed = "\n".join(strict_json.dumps(tool["function"]) for tool in tools)
         text = (
             "You can call these functions, described in JSON:\n"
             f"<tools>\n{listed}\n</tools>\n"

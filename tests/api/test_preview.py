@@ -149,7 +149,26 @@ def test_a_row_that_is_too_long_is_cut_in_its_prompt(api: Api) -> None:
 def test_a_preview_of_long_rows_is_short(api: Api) -> None:
     preview = shown(api, [{"prompt": f"{n}" * 30_000, "completion": "the answer"} for n in range(3)], n=3)
     (row,) = preview["rows"]
-    assert len(row["tokens"]) == 20_000 < row["n_tokens"]
+    assert len(row["tokens"]) == row["n_shown"] == 20_000 < row["n_tokens"]
+    assert preview["stopped"]
+
+
+@only_sqlite
+def test_without_a_length_rows_are_whole_and_those_a_job_would_refuse_are_named(api: Api) -> None:
+    preview = shown(
+        api, [{"prompt": "x" * 3000, "completion": "the answer"}, {"prompt": "a", "completion": "b c"}], n=2
+    )
+    assert [row["too_long"] for row in preview["rows"]] == [True, False]
+    assert (preview["limit"], preview["max_length"], preview["stopped"]) == (512, None, False)
+    assert not preview["rows"][0]["truncated"]
+
+
+@only_sqlite
+def test_a_misspelt_parameter_is_refused_with_the_right_one(api: Api) -> None:
+    path = f"/datasets/{api.dataset_id()}/preview"
+    answer = api.client.get(path, params={"max_lenght": 9})
+    refused(answer, 422, "invalid_request")
+    assert "max_length" in answer.json()["error"]["hint"]
 
 
 @pytest.mark.parametrize("packed", [False, True])

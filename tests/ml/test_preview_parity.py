@@ -123,7 +123,7 @@ def test_the_preview_shows_the_batches_of_the_trainer(
     shown = []
     with source.path.open("rb") as file:
         for line, example in validate.conversations(file, source.reading):
-            row = preview._preview_row(contract, line, example, loss_on, None)
+            row = preview._preview_row(contract, line, example, loss_on, 10_000, cut=False)
             shown.append(
                 ([token.id for token in row.tokens], [t.id if t.trained else -100 for t in row.tokens])
             )

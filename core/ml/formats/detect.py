@@ -33,6 +33,7 @@ _QUESTIONS = (
 )
 _ANSWERS = (
     "answer",
+    "chosen",
     "response",
     "output",
     "completion",
@@ -43,6 +44,12 @@ _ANSWERS = (
     "category",
     "sql",
 )
+_FORM = {
+    "messages": [
+        {"role": "user", "content": "{COLUMN OF THE QUESTION}"},
+        {"role": "assistant", "content": "{COLUMN OF THE ANSWER}"},
+    ]
+}
 _CONTEXTS = ("context", "passage", "document", "schema", "background", "input")
 
 
@@ -150,12 +157,12 @@ def listed(columns: Sequence[str]) -> str:
 
 def _mapping_hint(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> str:
     hint = "Say in a mapping which columns play which part"
-    example = json.dumps(suggest(columns, sample))
+    example = json.dumps(suggest(columns, sample) or _FORM)
     return f"{hint}, for example {example}" if len(example) <= _EXAMPLE else f"{hint}."
 
 
-def suggest(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> Mapping:
-    """A mapping that most likely fits."""
+def suggest(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> Mapping | None:
+    """A mapping that most likely fits; None where the columns do not say which of them is the answer."""
     for name in columns:
         items = next((row[name] for row in sample if isinstance(row.get(name), list) and row[name]), None)
         if items and isinstance(items[0], dict):
@@ -164,14 +171,21 @@ def suggest(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> Mapping
     answer = next((lower[name] for name in _ANSWERS if name in lower), None)
     if columns and (len(columns) == 1 or (answer is None and "text" in lower)):
         return {"text": f"{{{lower.get('text', columns[0])}}}"}
+    if answer is None and len(columns) == 2 and not {"id", "chosen", "rejected"} & lower.keys():
+        answer = columns[1]  # a table of two: first what is asked, then what is answered
+    if answer is None:
+        return None
+    texts = [n for n in columns if n != answer and any(isinstance(row.get(n), str) for row in sample)]
     question = next((lower[name] for name in _QUESTIONS if name in lower and lower[name] != answer), None)
     context = next((lower[n] for n in _CONTEXTS if n in lower and lower[n] not in (answer, question)), None)
-    if answer is None or question is None:
-        first, last = (columns[0], columns[-1]) if len(columns) > 1 else ("question", "answer")
-        question, answer = question or (first if first != answer else last), answer or last
-    asked = f"{{{context}}}\n\n{{{question}}}" if context else f"{{{question}}}"
+    asked = [name for name in (context, question) if name] if question else texts
+    if not asked:
+        return None
     return {
-        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": f"{{{answer}}}"}]
+        "messages": [
+            {"role": "user", "content": "\n\n".join(f"{{{name}}}" for name in asked)},
+            {"role": "assistant", "content": f"{{{answer}}}"},
+        ]
     }
 
 

@@ -134,7 +134,8 @@ def _suggestion(file: IO[bytes], limits: Limits) -> tuple[Mapping | None, list[s
     columns = list(dict.fromkeys(name for values in sample for name in values))
     if max(map(len, columns), default=0) > _COLUMN_CHARS:
         return None, [name[:_COLUMN_CHARS] for name in columns]
-    mapping = detect.suggest(columns, sample)
+    if (mapping := detect.suggest(columns, sample)) is None:
+        return None, columns
     try:
         report = validate.inspect(file, mapping=mapping, limits=limits)
     except BadRequest:
@@ -172,7 +173,7 @@ def _value(row: Row) -> tuple[int, str, dict[str, Any] | None]:
         raise BadRequest("not_repairable", row.problem.message)
     # Bytes of a Parquet column that nobody reads have no place in JSON.
     values = {name: value for name, value in row.values.items() if not isinstance(value, bytes)}
-    return row.line, strict_json.dumps(values), values if row.problem is None else None
+    return (row.line, strict_json.dumps(values), values) if row.problem is None else (row.line, "", None)
 
 
 def _values(file: IO[bytes], limits: Limits) -> Iterator[tuple[int, str, dict[str, Any] | None]]:

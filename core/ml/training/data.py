@@ -79,7 +79,13 @@ def tokenise(
             f"(lines {_some(unfinished)}), so the model would not learn to stop.",
         )
     if not made.trained_tokens:
-        raise BadRequest("no_trained_tokens", "No row is left that trains any token.")
+        why = f": {len(made.dropped)} rows are longer than {limit} tokens (lines {_some(made.dropped)})"
+        raise BadRequest(
+            "no_trained_tokens",
+            f"No row is left that trains any token{why if made.dropped else ''}.",
+            param="training.max_length" if made.dropped else None,
+            hint="Raise training.max_length." if made.dropped else None,
+        )
     return made
 
 

@@ -56,7 +56,8 @@ def test_columns_that_fit_two_formats_are_not_guessed() -> None:
             [("user", "c\n\nq"), ("assistant", "d")],
         ),
         ([{"text": "Hi", "category": "greeting"}], [("user", "Hi"), ("assistant", "greeting")]),
-        ([{"one": "Hi", "two": "x", "three": "Hello"}], [("user", "Hi"), ("assistant", "Hello")]),
+        ([{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}], [("user", "Hi"), ("assistant", "Hello")]),
+        ([{"premise": "a", "hypothesis": "b", "label": "c"}], [("user", "a\n\nb"), ("assistant", "c")]),
         ([{"three": "x", "Answer (en)": "Hello"}], [("user", "x"), ("assistant", "Hello")]),
         ([{"text": "A long text.", "url": "http://x"}], "A long text."),
         ([{"body": "A long text."}], "A long text."),
@@ -127,3 +128,19 @@ def test_texts_in_several_layouts_are_not_guessed(texts: list[str], names: str) 
     assert caught.value.code == "ambiguous_format"
     assert names in caught.value.message
     assert '{"text": "{text}", "layout": "llama2"}' in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"one": "a", "two": "b", "three": "c"},
+        {"question": "a", "best_answer": "b", "incorrect_answers": "c"},
+        {"id": "a", "q": "b", "a": "c"},
+        {"chosen_by": "a", "rejected": "b", "id": "c"},
+    ],
+)
+def test_where_no_column_says_that_it_is_the_answer_none_is_proposed(row: dict[str, Any]) -> None:
+    assert detect.suggest(list(row), [row]) is None
+    with pytest.raises(BadRequest, match="no format") as caught:
+        detect.detect([row])
+    assert "COLUMN OF THE ANSWER" in str(caught.value.hint)

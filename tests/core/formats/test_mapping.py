@@ -153,3 +153,10 @@ def test_a_mapped_row_that_does_not_fit_is_refused(
 )
 def test_the_columns_of_a_mapping_are_known(how: dict[str, Any], columns: set[str]) -> None:
     assert mappings.columns_of(how) == columns
+
+
+def test_a_place_with_spaces_is_refused_not_taken_as_text() -> None:
+    for place in ("{ q }", "{q }", "{ q}"):
+        with pytest.raises(BadRequest, match=r"no place of a column|does not have"):
+            mappings.check({"prompt": place, "completion": "{a}"}, ["q", "a"])
+    mappings.check({"prompt": "{ x } {q}", "completion": "{a}"}, ["q", "a"])

@@ -153,3 +153,17 @@ def test_tools_are_read_in_every_form() -> None:
         assert read("sharegpt", {"conversations": SHAREGPT, "tools": tools}).tools == expected
     assert read("messages", {"messages": [USER, ASSISTANT], "functions": [function]}).tools == expected
     assert read("messages", {"messages": [USER, ASSISTANT], "tools": "[]"}).tools is None
+
+
+@pytest.mark.parametrize("field", ["train", "loss", "mask"])
+def test_another_programs_word_for_not_trained_is_refused(field: str) -> None:
+    said = {"role": "assistant", "content": "b", field: False}
+    with pytest.raises(RowError) as caught:
+        reader("messages", None)({"messages": [{"role": "user", "content": "a"}, said]})
+    assert (caught.value.code, caught.value.field) == ("unknown_field", f"messages[1].{field}")
+
+
+def test_a_weight_of_a_row_is_refused_even_if_it_is_zero() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(RowError, match="weight"):
+        reader("messages", None)({"messages": turns, "weight": 0})

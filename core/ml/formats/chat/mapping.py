@@ -23,6 +23,7 @@ Mapping = dict[str, Any]
 MAX_TURN = 4 * 1024**2
 # {{name}} is a literal {name}; braces around anything that is no name, as in JSON, stay as they are.
 _PLACE = re.compile(r"\{\{(\w[\w .()/?#&%+-]*)\}\}|\{(\w[\w .()/?#&%+-]*)\}")
+_SPACED = re.compile(r"\{(?:\s+([^{}]*?)\s*|([^{}]*?)\s+)\}")
 _FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})
 _OPTIONS = {"messages": {"role", "content", "roles"}, "text": {"layout"}}
 _FORM = (
@@ -89,6 +90,11 @@ def _check_template(where: str, template: Any, columns: Sequence[str]) -> None:
     for place in _PLACE.finditer(template):
         if (name := place.group(2)) is not None:
             _check_column(where, name, columns)
+    for spaced in _SPACED.finditer(template):
+        if spaced[1] in columns:
+            raise _wrong(
+                f'{where}: "{spaced[0]}" is no place of a column.', f"Write {{{spaced[1]}}} without spaces."
+            )
 
 
 def _check_column(where: str, name: str, columns: Sequence[str]) -> None:

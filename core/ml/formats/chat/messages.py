@@ -30,6 +30,8 @@ SHAREGPT_ROLES = {name: name for name in ROLES} | {
 _PLAIN = ("user", "assistant", "system")
 # A template is rendered once for every answer: more would take minutes a row.
 MAX_MESSAGES = 1000
+# What other programs take as "train this turn or not".
+_MEANINGFUL = ("train", "loss", "mask")
 _READ = {"name", "weight", "tool_calls", "tool_call_id", "function_call"}
 
 
@@ -74,6 +76,11 @@ def parse(value: Any, keys: Keys) -> tuple[list[Turn], frozenset[int], frozenset
     for i, item in enumerate(value):
         turn = _turn(i, item, keys, turns)
         if len(item) > 2:
+            for name in _MEANINGFUL:
+                if item.get(name) is not None:
+                    where = f"{keys.column}[{i}].{name}"
+                    hint = "Write weight 0 at an answer that must not be trained."
+                    raise RowError(where, "unknown_field", f"{where} would be ignored.", hint)
             if "weight" in item and _weight(i, item, turn, keys.column) == 0:
                 untrained.append(i)
             unread.update(

@@ -41,7 +41,7 @@ def reader(kind: Format, by: Mapping | None) -> Reader:
     def row_of(row: dict[str, Any]) -> Example:
         if len(row) > 1:
             for name in meaningful:
-                if row.get(name):
+                if row.get(name) not in (None, "", [], {}):
                     hint = "Remove the column, or say in a mapping what to do with it."
                     raise RowError(
                         name, "unknown_field", f'The row has "{name}", which would be ignored.', hint

@@ -115,12 +115,16 @@ def parquet_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
 
     number = unpacked = 0
     try:
-        table = parquet.ParquetFile(file, pre_buffer=False)
+        schema = parquet.read_schema(file)
+        texts = [field.name for field in schema if pa.types.is_string(field.type)]
+        # What stands once in the file stands once in memory.
+        table = parquet.ParquetFile(file, pre_buffer=False, read_dictionary=texts)
         facts = table.metadata
         sizes = [facts.row_group(i).total_byte_size for i in range(facts.num_row_groups)]
         if sum(sizes) > limits.unpacked_bytes:
             raise too_large(limits)
-        check_ratio(sum(sizes), file.seek(0, 2))
+        packed = file.seek(0, 2)
+        check_ratio(sum(sizes), packed)
         names = table.schema_arrow.names
         if len(names) > limits.columns:
             message = f"The file has {len(names)} columns; {limits.columns} are read."
@@ -137,6 +141,7 @@ def parquet_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
                 unpacked += size
                 if unpacked > limits.unpacked_bytes:
                     raise too_large(limits)
+                check_ratio(unpacked, packed)
                 yield _parquet_row(number, values, size, limits)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         where = f" after row {number}" if number else ""

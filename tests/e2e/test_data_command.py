@@ -178,7 +178,7 @@ def test_overlong_rows_are_cut_in_their_prompt_and_counted(service: Service, tmp
     assert "trained, truncated\n" in done.stdout
     assert "trained, too long even without its prompt\n" in done.stdout
     assert f"x<|im_end|>\n<|im_start|>assistant\n{OPENED}the end<|im_end|>↵{CLOSED}" in done.stdout
-    assert "Too long: 2, truncated: 1." in done.stdout
+    assert "Too long (over 60): 2, truncated: 1." in done.stdout
 
 
 def test_plain_texts_have_no_template_and_are_trained_whole(service: Service, tmp_path: Path) -> None:

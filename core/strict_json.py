@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 _ESCAPE = re.compile(r"\\.", re.DOTALL)
+_ESCAPES = re.compile(rb'\\(["\\u])').findall
 _DOUBTFUL_BYTES = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 _DOUBTFUL = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 
@@ -49,10 +50,13 @@ def loads_line(raw: bytes, *, depth: int) -> Any:
     except orjson.JSONDecodeError:
         return loads(raw.decode("utf-8"), depth=depth)
     strings = _strings(value, depth, floats=False)
-    if b"\\\\" in raw or (b"\\u" in raw and _DOUBTFUL_BYTES.search(raw)):
-        strings = None
+    quotes = raw.count(b'"')
+    if escapes := _ESCAPES(raw):
+        quotes -= escapes.count(b'"')
+        if b"\\" in escapes or (b"u" in escapes and _DOUBTFUL_BYTES.search(raw)):
+            strings = None
     # orjson keeps the last of repeated keys, and makes floats of long numbers.
-    if strings is None or raw.count(b'"') - raw.count(b'\\"') != 2 * strings:
+    if strings is None or quotes != 2 * strings:
         return loads(raw.decode("utf-8"), depth=depth)
     return value
 

@@ -132,7 +132,8 @@ def _examples(
         except RowError as error:
             yield row.line, error
             continue
-        _note_unread(row, example, known, findings)
+        if not known.issuperset(row.values) or (type(example) is Conversation and example.unread):
+            _note_unread(row, example, known, findings)
         yield row.line, example
 
 
@@ -149,10 +150,9 @@ def first_rows(rows: Iterator[Row]) -> list[Row]:
 
 
 def _note_unread(row: Row, example: Example, known: frozenset[str], findings: Findings) -> None:
-    if not known.issuperset(row.values):
-        for name, value in row.values.items():
-            if name not in known and value not in (None, "", [], {}):
-                findings.unread(row.line, name)
+    for name, value in row.values.items():
+        if name not in known and value not in (None, "", [], {}):
+            findings.unread(row.line, name)
     if isinstance(example, Conversation):
         for name in sorted(example.unread):
             findings.unread(row.line, name)

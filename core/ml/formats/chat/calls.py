@@ -70,12 +70,12 @@ def answered_call(where: str, call_id: Any, before: list[Turn]) -> str:
 
 def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """The tools of a row in OpenAI's form; None where it has none."""
-    value = row.get("tools") or row.get("functions")
-    if row.get("tools") and row.get("functions"):
+    tools, functions = row.get("tools"), row.get("functions")
+    if tools and functions:
         raise RowError(
             "functions", "unknown_field", 'The row has "tools" and "functions".', "Keep one of them."
         )
-    column = "tools" if row.get("tools") else "functions"
+    column, value = ("tools", tools) if tools else ("functions", functions)
     if isinstance(value, str):
         value = parsed(value, column)
     if not value:

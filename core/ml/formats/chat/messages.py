@@ -69,27 +69,37 @@ def parse(value: Any, keys: Keys) -> tuple[list[Turn], frozenset[int], frozenset
     if len(value) > MAX_MESSAGES:
         message = f'"{keys.column}" has {len(value)} messages; {MAX_MESSAGES} are read.'
         raise RowError(keys.column, "too_many_messages", message, "Divide the conversation.")
+    column, role_key, content_key, roles = keys
     turns: list[Turn] = []
     untrained = []
-    known = _READ | {keys.role, keys.content}
     unread: set[str] = set()
     for i, item in enumerate(value):
+        if type(item) is dict and len(item) == 2:  # nearly every message there is: for speed
+            named, content = item.get(role_key), item.get(content_key)
+            if type(named) is str and type(content) is str and (role := roles.get(named)) in _PLAIN:
+                turns.append({"role": role, "content": content})
+                continue
         turn = _turn(i, item, keys, turns)
-        if len(item) > 2:
-            for name in _MEANINGFUL:
-                if item.get(name) is not None:
-                    where = f"{keys.column}[{i}].{name}"
-                    hint = "Write weight 0 at an answer that must not be trained."
-                    raise RowError(where, "unknown_field", f"{where} would be ignored.", hint)
-            if "weight" in item and _weight(i, item, turn, keys.column) == 0:
-                untrained.append(i)
-            unread.update(
-                f"{keys.column}[].{name[:60]}"
-                for name, field in item.items()
-                if name not in known and field is not None
-            )
+        unread.update(_unread(i, item, keys))
+        if "weight" in item and _weight(i, item, turn, column) == 0:
+            untrained.append(i)
         turns.append(turn)
     return turns, frozenset(untrained), frozenset(unread)
+
+
+def _unread(i: int, item: dict[str, Any], keys: Keys) -> list[str]:
+    """The names of fields that are passed over; RowError for those that mean something elsewhere."""
+    for name in _MEANINGFUL:
+        if item.get(name) is not None:
+            where = f"{keys.column}[{i}].{name}"
+            hint = "Write weight 0 at an answer that must not be trained."
+            raise RowError(where, "unknown_field", f"{where} would be ignored.", hint)
+    known = _READ | {keys.role, keys.content}
+    return [
+        f"{keys.column}[].{name[:60]}"
+        for name, field in item.items()
+        if name not in known and field is not None
+    ]
 
 
 def checked(made: Conversation, column: str) -> Conversation:
@@ -120,8 +130,6 @@ def _turn(i: int, item: Any, keys: Keys, before: list[Turn]) -> Turn:
     if role is None:
         raise _unknown_role(i, item, keys)
     content = item.get(keys.content)
-    if len(item) == 2 and type(content) is str and role in _PLAIN:
-        return {"role": role, "content": content}
     if role == "call":
         return _call_turn(f"{keys.column}[{i}].{keys.content}", content, before)
     calls = item.get("tool_calls")

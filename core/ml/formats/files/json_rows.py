@@ -20,11 +20,22 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 def lines(file: IO[bytes], limits: Limits) -> Generator[Row]:
     """One row a line; blank lines are no rows. A broken line does not end the reading."""
+    depth, columns = limits.depth, limits.columns
     for number, raw in raw_lines(file, limits):
         if raw is None:
             yield _too_long(number, limits)
-        elif raw and not raw.isspace():
-            yield _line(number, raw, limits)
+            continue
+        if not raw or raw.isspace():
+            continue
+        try:
+            value = strict_json.loads_line(raw, depth=depth)
+        except (UnicodeDecodeError, JsonError) as error:
+            yield _unreadable(number, raw, error)
+            continue
+        if type(value) is dict and len(value) <= columns:
+            yield Row(number, value)
+        else:
+            yield _row(number, value, limits)
 
 
 def raw_lines(file: IO[bytes], limits: Limits) -> Generator[tuple[int, bytes | None]]:
@@ -40,21 +51,15 @@ def raw_lines(file: IO[bytes], limits: Limits) -> Generator[tuple[int, bytes | N
             yield number, raw if number > 1 else raw.removeprefix(_BOM)
 
 
-def _line(number: int, raw: bytes, limits: Limits) -> Row:
-    try:
-        value = strict_json.loads_line(raw, depth=limits.depth)
-    except UnicodeDecodeError as error:
+def _unreadable(number: int, raw: bytes, error: UnicodeDecodeError | JsonError) -> Row:
+    if isinstance(error, UnicodeDecodeError):
         message = f"Byte {error.start + 1} of the line is not UTF-8."
         return broken(number, "not_utf8", message, "Save the file as UTF-8.")
-    except JsonError as error:
-        hint = error.hint or "Write one complete JSON object on each line."
-        text = raw.decode("utf-8").rstrip()
-        if error.offset is not None and error.offset >= len(text) and text.lstrip()[:1] in ("{", "["):
-            hint = (
-                "It goes on in the next line: write each object on one line, or all of them as a JSON array."
-            )
-        return broken(number, error.code, error.message, hint)
-    return _row(number, value, limits)
+    hint = error.hint or "Write one complete JSON object on each line."
+    text = raw.decode("utf-8").rstrip()
+    if error.offset is not None and error.offset >= len(text) and text.lstrip()[:1] in ("{", "["):
+        hint = "It goes on in the next line: write each object on one line, or all of them as a JSON array."
+    return broken(number, error.code, error.message, hint)
 
 
 def _row(line: int, value: object, limits: Limits) -> Row:

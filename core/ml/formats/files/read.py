@@ -38,11 +38,10 @@ def rows(file: IO[bytes], kind: FileType, packed: bool, limits: Limits) -> Gener
         BadRequest: the file as a whole: `unsupported_file`, `damaged_file`, `file_too_large`, `too_many_rows`.
     """
     file.seek(0)
-    number = line = 0
+    row = None
     try:
         source = unpacked(file, limits) if packed else file
-        for row in _read(source, kind, packed, limits):
-            number, line = number + 1, row.line
+        for number, row in enumerate(_read(source, kind, packed, limits), 1):
             if number > limits.rows:
                 raise BadRequest(
                     "too_many_rows",
@@ -53,7 +52,7 @@ def rows(file: IO[bytes], kind: FileType, packed: bool, limits: Limits) -> Gener
                 )
             yield row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _damaged(line) from error
+        raise _damaged(row.line if row else 0) from error
 
 
 def _read(file: IO[bytes], kind: FileType, packed: bool, limits: Limits) -> Generator[Row]:

@@ -43,6 +43,7 @@ _MESSAGES = {
     "empty_answers": "{count} rows have an empty answer: they teach to say nothing.",
     "one_word_answers": "{count} rows have an answer of one word; that is right for labels only.",
     "ends_with_user": "{count} rows end with a turn that is not the assistant's; what follows the last answer is not trained.",
+    "unanswered_calls": "{count} rows go on after tool calls without their results.",
     "control_tokens": "{count} rows have control tokens of chat templates in their text; they stay text and begin no turn.",
     "very_long_rows": f"{{count}} rows are longer than {LONG} characters; see training.overlength.",
     "single_row": "The file has one row only.",
@@ -101,6 +102,8 @@ class Findings:
         roles = list(map(_ROLE, turns))
         if example.tools or max(map(len, turns)) > 2:
             contents = [turn["content"] + _calls(turn) for turn in turns]
+            if any("tool_calls" in turns[i] and role != "tool" for i, role in enumerate(roles[1:])):
+                self.note("unanswered_calls", line)
             tools = json.dumps(example.tools, sort_keys=True)
         last, short = 0, None
         for i, role in enumerate(roles):

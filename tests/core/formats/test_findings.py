@@ -125,6 +125,18 @@ def test_last_user_turns_long_rows_and_single_rows_are_told_with_their_lines() -
     assert codes(inspect(pair("a"), pair("b", "x y" * 11_000))) == {"very_long_rows": 1}
 
 
+def test_calls_without_results_are_told() -> None:
+    calls = {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}
+    result = {"role": "tool", "content": "found"}
+    report = inspect(
+        {"messages": [USER, calls, ASSISTANT]},
+        {"messages": [USER, calls, result, ASSISTANT]},
+        {"messages": [USER, calls]},  # it learns to call
+    )
+    assert codes(report) == {"unanswered_calls": 1}
+    assert warning(report, "unanswered_calls")["lines"] == [1]
+
+
 def test_columns_and_message_fields_that_are_not_read_are_told() -> None:
     rows: list[dict[str, Any]] = [
         {"messages": [{**USER, "mood": "glad"}, ASSISTANT], "id": 1, "empty": None, "none": ""},

@@ -12,6 +12,7 @@ from tests.core.formats.given import ASSISTANT, USER
 FUNCTION = {"name": "look", "arguments": '{"where": "here"}'}
 CALL = {"id": "a", "type": "function", "function": FUNCTION}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+BOTH = {"role": "assistant", "tool_calls": [CALL, {**CALL, "id": "b"}]}
 RESULT = {"role": "tool", "content": "found", "tool_call_id": "a"}
 
 
@@ -47,6 +48,10 @@ def read(items: Any, keys: messages.Keys = messages.OPENAI) -> Conversation:
         ([USER, {**ASSISTANT, "tool_call_id": "a"}], "messages[1].tool_call_id", "misplaced_field"),
         ([USER, ASSISTANT, RESULT], "messages[2]", "tool_without_call"),
         ([USER, CALLS, {**RESULT, "tool_call_id": "b"}], "messages[2].tool_call_id", "tool_without_call"),
+        ([USER, CALLS, RESULT, RESULT], "messages[3].tool_call_id", "tool_without_call"),
+        ([USER, BOTH, {**RESULT, "tool_call_id": "b"}], "messages[1].tool_calls[0]", "missing_result"),
+        ([USER, BOTH, RESULT, USER], "messages[1].tool_calls[1]", "missing_result"),
+        ([USER, {**CALLS, "tool_calls": [CALL, CALL]}], "messages[1].tool_calls[1].id", "invalid_tool_call"),
     ],
 )
 def test_a_broken_conversation_says_where(items: Any, field: str, code: str) -> None:
@@ -148,10 +153,19 @@ def test_legacy_function_calls_are_calls() -> None:
 
 
 def test_results_without_an_id_answer_the_calls_in_order() -> None:
-    calls = {"role": "assistant", "tool_calls": [{**CALL, "id": name} for name in ("a", "b")]}
     result = {"role": "tool", "content": "x"}
-    made = read([USER, calls, result, result, result])
+    made = read([USER, BOTH, result, result, result])
     assert [turn["tool_call_id"] for turn in made.turns[2:]] == ["a", "b", "b"]
+    made = read([USER, BOTH, {**result, "tool_call_id": "b"}, result])
+    assert [turn["tool_call_id"] for turn in made.turns[2:]] == ["a", "b"]
+
+
+def test_results_come_in_the_order_of_their_calls() -> None:
+    of_b, of_a = ({"role": "tool", "content": f"of {name}", "tool_call_id": name} for name in "ba")
+    made = read([USER, BOTH, of_b, of_a, ASSISTANT, USER, BOTH, of_a, of_b, ASSISTANT])
+    assert [turn["content"] for turn in made.turns if turn["role"] == "tool"] == [
+        "of a", "of b", "of a", "of b"
+    ]  # fmt: skip
 
 
 def test_sharegpt_calls_are_calls() -> None:

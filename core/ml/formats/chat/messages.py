@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from core.errors import nearest
-from core.ml.formats.chat.calls import answered_call, tool_calls, tools_of
+from core.ml.formats.chat.calls import answered_call, in_order_of_calls, tool_calls, tools_of
 from core.ml.formats.chat.example import Conversation, RowError, Turn, parsed
 from core.strict_json import Number
 
@@ -73,6 +73,7 @@ def parse(value: Any, keys: Keys) -> tuple[list[Turn], frozenset[int], frozenset
     turns: list[Turn] = []
     untrained = []
     unread: set[str] = set()
+    called = False
     for i, item in enumerate(value):
         if type(item) is dict and len(item) == 2:  # nearly every message there is: for speed
             named, content = item.get(role_key), item.get(content_key)
@@ -84,6 +85,9 @@ def parse(value: Any, keys: Keys) -> tuple[list[Turn], frozenset[int], frozenset
         if "weight" in item and _weight(i, item, turn, column) == 0:
             untrained.append(i)
         turns.append(turn)
+        called = called or "tool_calls" in turn
+    if called:
+        turns = in_order_of_calls(turns, column)
     return turns, frozenset(untrained), frozenset(unread)
 
 

@@ -19,7 +19,6 @@ from core import strict_json
 from core.errors import BadRequest, NotFound, nearest
 from core.strict_json import JsonError
 
-MAX_DEPTH = 32
 JSON_MAX_BYTES = 8 * 1024**2
 _UPLOADS = ("/datasets", "/datasets/validate")
 
@@ -67,7 +66,7 @@ def parse(body: bytes) -> Any:
         BadRequest: `invalid_json`, status 400.
     """
     try:
-        return strict_json.loads(body.decode("utf-8"), depth=MAX_DEPTH)
+        return strict_json.loads(body.decode("utf-8"), depth=strict_json.DEPTH)
     except UnicodeDecodeError as error:
         raise _invalid("It is not UTF-8.") from error
     except JsonError as error:

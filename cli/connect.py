@@ -24,11 +24,22 @@ Key = Annotated[
 ]
 Home = Annotated[Path, typer.Option("--home", envvar="GRAFT_HOME", help="Home folder of the service.")]
 
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="Of the data set: auto, messages, prompt_completion, text, alpaca, sharegpt or mapping.",
+    ),
+]
+Mapping = Annotated[
+    str | None,
+    typer.Option(help='JSON, or @FILE: {"messages": [{"role": …, "content": "{column}"}]}'),
+]
+
 URL = "http://127.0.0.1:8000"
 HOME = Path(".graft")
 
 _LISTED = 10
-_MAPPING_DEPTH = 32
 _USAGE = 2
 
 
@@ -98,7 +109,7 @@ def mapping_of(text: str | None) -> dict[str, Any] | None:
         except UnicodeDecodeError as error:
             fail(f'--mapping: "{file}" is not UTF-8 (byte {error.start + 1}).')
     try:
-        value = strict_json.loads(text, depth=_MAPPING_DEPTH)
+        value = strict_json.loads(text, depth=strict_json.DEPTH)
     except JsonError as error:
         fail(f"--mapping: {error.message}", error.hint)
     if not isinstance(value, dict):

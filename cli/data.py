@@ -13,8 +13,10 @@ from cli import show
 from cli.connect import (
     HOME,
     URL,
+    Format,
     Home,
     Key,
+    Mapping,
     Url,
     connected,
     console,
@@ -30,18 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Check a data set file, and see what of it would be trained.",
 )
-
-Format = Annotated[
-    str,
-    typer.Option(
-        "--format",
-        help="auto, messages, prompt_completion, text, alpaca, sharegpt or mapping.",
-    ),
-]
-Mapping = Annotated[
-    str | None,
-    typer.Option(help='JSON, or @FILE: {"messages": [{"role": …, "content": "{column}"}]}'),
-]
 
 
 @app.command()

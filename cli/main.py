@@ -13,7 +13,20 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cli import data, show
-from cli.connect import HOME, URL, Home, Key, Url, accept_any_text, connected, console, fail, mapping_of
+from cli.connect import (
+    HOME,
+    URL,
+    Format,
+    Home,
+    Key,
+    Mapping,
+    Url,
+    accept_any_text,
+    connected,
+    console,
+    fail,
+    mapping_of,
+)
 from cli.up import up as run_up
 from core.errors import GraftError
 
@@ -53,11 +66,8 @@ def train(
         ),
     ],
     model: Annotated[str | None, typer.Option(help="Base model; default: the service's.")] = None,
-    mapping: Annotated[
-        str | None,
-        typer.Option(help='JSON, or @FILE: {"messages": [{"role": …, "content": "{column}"}]}'),
-    ] = None,
-    format_: Annotated[str, typer.Option("--format", help="Format of the data set.")] = "auto",
+    mapping: Mapping = None,
+    format_: Format = "auto",
     validation: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Held-back rows, read the same way."),

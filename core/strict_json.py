@@ -11,6 +11,8 @@ from typing import Any
 import orjson
 
 _ESCAPE = re.compile(r"\\.", re.DOTALL)
+# Levels of nesting that are read where nothing else is said.
+DEPTH = 32
 _ESCAPES = re.compile(rb'\\(["\\u])').findall
 _DOUBTFUL_BYTES = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 _DOUBTFUL = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")

@@ -214,10 +214,13 @@ def _form(format: str, mapping: Json | None) -> dict[str, str]:  # noqa: A002
 
 def _write(response: httpx.Response, target: Path) -> None:
     part = target.with_name(target.name + ".part")
-    with part.open("wb") as file:
-        for chunk in response.iter_bytes():
-            file.write(chunk)
-    part.rename(target)
+    try:
+        with part.open("wb") as file:
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _raise_for(response: httpx.Response) -> None:

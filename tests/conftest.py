@@ -162,12 +162,13 @@ def valkey(tmp_path: Path) -> Iterator[Valkey]:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of one mebibyte."""
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A real file system of one mebibyte, or as many as an indirect parameter says."""
     place = tmp_path / "disk"
     place.mkdir()
+    size = f"size={getattr(request, 'param', 1)}m"
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", size, "tmpfs", place], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"mounting a small file system is not allowed here: {mounted.stderr.strip()}")

@@ -14,7 +14,7 @@ from starlette.datastructures import FormData
 
 from api.deps import CallerDep, PageDep, Services, ServicesDep
 from api.files import respond
-from api.requests import MAX_DEPTH, StrictRoute
+from api.requests import StrictRoute
 from api.schemas.common import Deleted, Listing
 from api.schemas.datasets import DatasetOut, ValidationOut
 from core import strict_json
@@ -237,7 +237,7 @@ def _mapping(text: str | None) -> dict[str, Any] | None:
     if not text:
         return None
     try:
-        value = strict_json.loads(text, depth=MAX_DEPTH)
+        value = strict_json.loads(text, depth=strict_json.DEPTH)
     except JsonError as error:
         raise BadRequest(
             "invalid_mapping",

@@ -144,12 +144,15 @@ def _prompt_files(services: Services, row: Adapter) -> Path:
     folder = services.settings.home / "cache" / "prompts" / f"{row.id}-{row.sha256[:12]}"
     if not folder.is_dir():
         part = folder.with_name(f"{folder.name}.{ULID()}.part")
-        for name in _PROMPT_FILES:
-            services.storage.get(f"{row.key}/files/{name}", part / name)
         try:
+            for name in _PROMPT_FILES:
+                services.storage.get(f"{row.key}/files/{name}", part / name)
             part.rename(folder)
-        except OSError:  # another request was faster
-            shutil.rmtree(part)
+        except OSError:
+            if not folder.is_dir():  # else another request was faster
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

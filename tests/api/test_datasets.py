@@ -110,7 +110,7 @@ def test_fifty_broken_lines_are_listed_and_all_are_counted(api: Api) -> None:
         (b"[{}]", {}, "unknown_format"),
         (b"%PDF-1.7", {}, "unsupported_file"),
         (b"q,a\n1,2\n", {}, "unknown_format"),
-        (b"prompt,completion\n1,2\n", {"format": "parquet"}, "unknown_format"),
+        (b"prompt,completion\n1,2\n", {"format": "parquet"}, "invalid_format"),
         (b"q,a\n1,2\n", {"mapping": "{"}, "invalid_mapping"),
         (b"q,a\n1,2\n", {"mapping": "[]"}, "invalid_mapping"),
         (b"q,a\n1,2\n", {"mapping": '{"messages": []}'}, "invalid_mapping"),

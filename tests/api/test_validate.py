@@ -148,7 +148,7 @@ def test_a_set_of_another_project_is_not_compared_with(api: Api) -> None:
         ({"mapping": "{"}, "invalid_mapping", "mapping"),
         ({"mapping": "[1]"}, "invalid_mapping", "mapping"),
         ({"mapping": "[" * 5000}, "invalid_mapping", "mapping"),
-        ({"format": "parquet"}, "unknown_format", "format"),
+        ({"format": "parquet"}, "invalid_format", "format"),
         ({"repaird": "true"}, "invalid_request", "repaird"),
         ({"repaired": "perhaps"}, "invalid_request", "repaired"),
     ],

@@ -11,7 +11,7 @@ from core.ml import contract as contracts
 from core.ml import prompts
 from core.ml.formats.chat.example import Conversation, Turn
 from core.ml.formats.validate import Reading
-from core.ml.prompts import Contract, LossOn
+from core.ml.prompts import Contract
 from core.ml.training import data
 from core.ml.training.config import Training
 from core.ml.training.data import Tokenised
@@ -30,10 +30,8 @@ def source(folder: Path, pairs: list[tuple[str, str]]) -> Source:
     return Source(file, Reading("jsonl", False, "prompt_completion", None))
 
 
-def tokenise(
-    rows: Source, contract: Contract, *, loss_on: LossOn = "auto", context: int = 512, **training: Any
-) -> Tokenised:
-    return data.tokenise(rows, contract, loss_on=loss_on, context=context, training=Training(**training))
+def tokenise(rows: Source, contract: Contract, *, context: int = 512, **training: Any) -> Tokenised:
+    return data.tokenise(rows, contract, context=context, training=Training(**training))
 
 
 def test_labels_are_the_trained_tokens_alone(contract: Contract, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_the_preview_shows_the_batches_of_the_trainer(
             {"training": {"batch_size": 2, "effective_batch_size": 2, "epochs": 1, "loss_on": loss_on}}
         )
     )
-    made = tokenise(source, contract, loss_on=loss_on, context=2048, training=spec.training)
+    made = tokenise(source, contract, context=2048, training=spec.training)
     precision = base_model.settle(spec.quantization)
     settled, steps = sft._settle(spec, made, len(made.examples), precision)
     loaded = sft._with_adapter(base_model.load(model, precision), settled)

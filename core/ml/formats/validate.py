@@ -85,7 +85,7 @@ def inspect(
 
     Raises:
         BadRequest: the file as a whole cannot be read: `unsupported_file`, `empty_file`,
-            `unknown_format`, `ambiguous_format`, `invalid_mapping` and those of `read.rows`.
+            `invalid_format`, `unknown_format`, `ambiguous_format`, `invalid_mapping` and those of `read.rows`.
     """
     _check_request(kind, mapping)
     limits = limits or Limits()
@@ -226,10 +226,10 @@ def _check_request(kind: str, mapping: Mapping | None) -> None:
 
 
 def check_format(kind: str) -> None:
-    """Raises BadRequest `unknown_format`."""
+    """Raises BadRequest `invalid_format`."""
     if kind not in ("auto", *FORMATS):
         raise BadRequest(
-            "unknown_format",
+            "invalid_format",
             f'There is no format "{kind[:40]}".',
             param="format",
             hint=f"Formats are: auto, {', '.join(FORMATS)}.",

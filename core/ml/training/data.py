@@ -38,10 +38,8 @@ class Tokenised:
     texts: bool = False
 
 
-def tokenise(
-    source: Source, contract: Contract, *, loss_on: LossOn, context: int, training: Training
-) -> Tokenised:
-    """Every row as it will be trained.
+def tokenise(source: Source, contract: Contract, *, context: int, training: Training) -> Tokenised:
+    """Every row as it will be trained. `context` are the tokens that the model reads.
 
     Raises:
         BadRequest: `row_too_long` (policy error), `eos_not_trained` (more than 1 % of the rows never
@@ -56,7 +54,7 @@ def tokenise(
         )
     made = Tokenised()
     unfinished: list[int] = []
-    for line, encoded in _encoded(source, contract, loss_on, made):
+    for line, encoded in _encoded(source, contract, training.loss_on, made):
         fitting = _fit(contract, line, encoded, limit, training, made)
         if fitting is None:
             continue

@@ -57,8 +57,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     base_model.prepare(run.model)
     contract = contracts.load(run.model.path)
     context = catalogue.context(run.model)
-    loss_on = run.spec.training.loss_on
-    data = tokenise(run.train, contract, loss_on=loss_on, context=context, training=run.spec.training)
+    data = tokenise(run.train, contract, context=context, training=run.spec.training)
     train_rows, valid_rows = data.examples, []
     in_both: list[int] = []
     if run.valid is not None:
@@ -116,7 +115,7 @@ def _validation(run: Run, contract: Contract, context: int) -> Tokenised:
     assert run.valid is not None  # noqa: S101 - the caller looked
     training = run.spec.training
     try:
-        return tokenise(run.valid, contract, loss_on=training.loss_on, context=context, training=training)
+        return tokenise(run.valid, contract, context=context, training=training)
     except BadRequest as error:
         raise error.within("In the validation data set") from error
 

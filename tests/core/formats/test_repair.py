@@ -195,7 +195,7 @@ def test_a_file_that_breaks_off_after_its_first_rows_has_no_repair() -> None:
 def test_an_unknown_format_is_no_finding() -> None:
     with pytest.raises(BadRequest) as caught:
         examine(GOOD, kind="zzz")
-    assert caught.value.code == "unknown_format"
+    assert caught.value.code == "invalid_format"
 
 
 @pytest.mark.parametrize("data", [b"{\n" + b"1\n" * 200_000, b'{"a":\n' * 50_000, b"{" * 500_000 + b"\n"])

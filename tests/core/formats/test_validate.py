@@ -88,7 +88,7 @@ def test_a_text_in_another_layout_further_down_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        ({"kind": "parquet"}, "unknown_format"),
+        ({"kind": "parquet"}, "invalid_format"),
         ({"kind": "mapping"}, "invalid_mapping"),
         ({"kind": "alpaca", "mapping": MAPPING}, "invalid_mapping"),
         ({"mapping": MAPPING}, "invalid_mapping"),

@@ -5,8 +5,6 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 from core import strict_json
 from core.strict_json import JsonError
 
-_DEPTH = 32
-
 
 class Turn(TypedDict):
     role: str
@@ -40,7 +38,7 @@ class RowError(Exception):
 def parsed(text: str, where: str) -> Any:
     """The value of a text that must be JSON. Raises RowError."""
     try:
-        return strict_json.loads(text, depth=_DEPTH)
+        return strict_json.loads(text, depth=strict_json.DEPTH)
     except JsonError as error:
         raise RowError(
             where, "invalid_json", f"{where} holds text that is not JSON: {error.message}"

@@ -60,7 +60,7 @@ def check(mapping: Any, columns: Sequence[str]) -> None:
 
 
 def _check_list(mapping: Mapping, columns: Sequence[str]) -> None:
-    _check_column("mapping.messages", mapping["messages"].strip("{}"), columns)
+    _check_column("mapping.messages", _bare(mapping["messages"]), columns)
     for name in ("role", "content"):
         if not isinstance(mapping.get(name, ""), str):
             raise _wrong(f"mapping.{name} must be the name of a key of each message.")
@@ -137,7 +137,7 @@ def reader(mapping: Mapping) -> Callable[[dict[str, Any]], Example]:
     turns = mapping.get("messages")
     if isinstance(turns, str):
         keys = messages.Keys(
-            turns.strip("{}"),
+            _bare(turns),
             mapping.get("role", "role"),
             mapping.get("content", "content"),
             messages.OPENAI_ROLES
@@ -155,11 +155,16 @@ def reader(mapping: Mapping) -> Callable[[dict[str, Any]], Example]:
 
 def columns_of(mapping: Mapping) -> set[str]:
     """The columns that a mapping reads."""
-    if isinstance(mapping.get("messages"), str):
-        return {mapping["messages"].strip("{}"), "tools", "functions"}
-    return {
-        place.group(2) for place in _PLACE.finditer(json.dumps(mapping, ensure_ascii=False)) if place.group(2)
-    }
+    parts = mapping.get("messages")
+    if isinstance(parts, str):
+        return {_bare(parts), "tools", "functions"}
+    templates = mapping.values() if parts is None else [part["content"] for part in parts]
+    return {place.group(2) for text in templates for place in _PLACE.finditer(text) if place.group(2)}
+
+
+def _bare(column: str) -> str:
+    """The name of a column, which people write in braces, too."""
+    return column.strip("{}")
 
 
 def plain(text: str, column: str) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from core import strict_json
 from core.errors import BadRequest
 
 FileType = Literal["jsonl", "json", "csv", "parquet"]
@@ -20,7 +21,7 @@ class Limits:
     unpacked_bytes: int = 8 * 1024**3
     rows: int = 10_000_000
     columns: int = 256
-    depth: int = 32
+    depth: int = strict_json.DEPTH
 
 
 class Problem(NamedTuple):

@@ -14,7 +14,7 @@ from core.ml.formats.validate import Reading
 from core.ml.prompts import Contract
 from core.ml.training import data
 from core.ml.training.config import Training
-from core.ml.training.data import Tokenised
+from core.ml.training.data import LabelledIds, Tokenised
 from core.ml.training.run import Source
 
 
@@ -31,7 +31,14 @@ def source(folder: Path, pairs: list[tuple[str, str]]) -> Source:
 
 
 def tokenise(rows: Source, contract: Contract, *, context: int = 512, **training: Any) -> Tokenised:
-    return data.tokenise(rows, contract, context=context, training=Training(**training))
+    made = data.tokenise(rows, contract, context=context, training=Training(**training))
+    data.check(made, Training(**training))
+    return made
+
+
+def split(made: Tokenised, fraction: float, seed: int) -> tuple[list[LabelledIds], list[LabelledIds]]:
+    rows = data.divided(made, None, fraction, seed)
+    return rows.train_examples, rows.valid_examples
 
 
 def test_labels_are_the_trained_tokens_alone(contract: Contract, tmp_path: Path) -> None:
@@ -65,7 +72,7 @@ def test_a_row_as_long_as_the_limit_is_kept_whole(contract: Contract, tmp_path: 
     rows = source(tmp_path, [("some words", "b")])
     length = tokenise(rows, contract).longest
     assert tokenise(rows, contract, max_length=length).longest == length
-    with pytest.raises(BadRequest, match="1 rows are longer"):
+    with pytest.raises(BadRequest, match="1 row is longer"):
         tokenise(rows, contract, max_length=length - 1)
 
 
@@ -95,11 +102,11 @@ def test_too_long_rows_are_cut_from_the_left_of_their_prompt_on_request(
     rows = source(tmp_path, [("a", "b"), ("x" * 500, "b c"), ("a", "y" * 500)])
     with pytest.raises(BadRequest) as caught:
         tokenise(rows, contract, max_length=64, overlength="truncate")
-    assert caught.value.message == "1 rows are longer than 64 tokens even without their prompt (lines 6)."
+    assert caught.value.message == "1 row is longer than 64 tokens even without their prompt (lines 6)."
     made = tokenise(
         source(tmp_path, [("a", "b"), ("x" * 500, "b c")]), contract, max_length=64, overlength="truncate"
     )
-    assert (made.truncated, made.dropped, made.lines) == ([4], [], [2, 4])
+    assert (made.truncated, made.dropped, list(made.lines)) == ([4], [], [2, 4])
     cut = made.examples[1]
     assert len(cut["input_ids"]) == len(cut["labels"]) == 64
     assert prompts.text_of(contract, [label for label in cut["labels"] if label != -100]) == "b c<|im_end|>\n"
@@ -131,7 +138,7 @@ def test_rows_that_do_not_train_an_end_are_refused(contract: Contract, tmp_path:
 def test_rows_in_both_files_are_named(contract: Contract, tmp_path: Path) -> None:
     train = tokenise(source(tmp_path, [("a", "b"), ("c", "d")]), contract)
     valid = tokenise(source(tmp_path, [("a", "c"), ("c", "d")]), contract)
-    assert data.shared(train, valid) == [4]
+    assert data.divided(train, valid, None, 0).in_both == [4]
 
 
 # ---- Split
@@ -152,7 +159,7 @@ def test_equal_prompts_stay_on_one_side(
     contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
     made = tokenise(source(tmp_path, pairs), contract)
-    train, held_back = data.split(made, 0.25, seed=1)
+    train, held_back = split(made, 0.25, seed=1)
     assert len(train) + len(held_back) == 120
     assert questions(contract, train).isdisjoint(questions(contract, held_back))
     assert len(train) == 3 * len(questions(contract, train))
@@ -163,15 +170,15 @@ def test_the_same_seed_splits_the_same_and_another_seed_does_not(
     contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
     made = tokenise(source(tmp_path, pairs), contract)
-    assert data.split(made, 0.25, seed=1) == data.split(made, 0.25, seed=1)
-    assert data.split(made, 0.25, seed=1) != data.split(made, 0.25, seed=2)
+    assert split(made, 0.25, seed=1) == split(made, 0.25, seed=1)
+    assert split(made, 0.25, seed=1) != split(made, 0.25, seed=2)
 
 
 def test_a_row_more_does_not_move_the_others(
     contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
-    _, before = data.split(tokenise(source(tmp_path, pairs), contract), 0.25, seed=1)
-    _, after = data.split(tokenise(source(tmp_path, [("first", "x"), *pairs]), contract), 0.25, seed=1)
+    _, before = split(tokenise(source(tmp_path, pairs), contract), 0.25, seed=1)
+    _, after = split(tokenise(source(tmp_path, [("first", "x"), *pairs]), contract), 0.25, seed=1)
     assert [example for example in after if example in before] == before
 
 
@@ -179,7 +186,7 @@ def test_a_split_works_with_the_loss_on_every_token(
     contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
     made = tokenise(source(tmp_path, pairs), contract, loss_on="all")
-    train, held_back = data.split(made, 0.25, seed=1)
+    train, held_back = split(made, 0.25, seed=1)
     assert len(train) + len(held_back) == 120
     assert questions(contract, train).isdisjoint(questions(contract, held_back))
 
@@ -187,5 +194,5 @@ def test_a_split_works_with_the_loss_on_every_token(
 def test_a_split_that_leaves_one_side_empty_is_refused(contract: Contract, tmp_path: Path) -> None:
     made = tokenise(source(tmp_path, [("only", "one")]), contract)
     with pytest.raises(BadRequest) as caught:
-        data.split(made, 0.5, seed=1)
+        split(made, 0.5, seed=1)
     assert (caught.value.code, caught.value.param) == ("validation_empty", "validation.fraction")

@@ -13,9 +13,9 @@ from core.ml import contract as contracts
 from core.ml.catalogue import Catalogue
 from core.ml.formats import validate
 from core.ml.prompts import LossOn
-from core.ml.training import config, sft
-from core.ml.training.data import tokenise
-from core.ml.training.run import Source
+from core.ml.training import config, plan, sft
+from core.ml.training.data import rows_of
+from core.ml.training.run import Run, Source
 from tests import templates, tiny
 
 CALL = {"id": "a1", "type": "function", "function": {"name": "area", "arguments": '{"town": "Genève"}'}}
@@ -111,11 +111,11 @@ def test_the_preview_shows_the_batches_of_the_trainer(
             {"training": {"batch_size": 2, "effective_batch_size": 2, "epochs": 1, "loss_on": loss_on}}
         )
     )
-    made = tokenise(source, contract, context=2048, training=spec.training)
+    rows = rows_of(Run(model, spec, source, None, None, tmp_path), contract, context=2048)
     precision = base_model.settle(spec.quantization)
-    settled, steps = sft._settle(spec, made, len(made.examples), precision)
+    settled = plan.resolved(spec, rows, device=sft._choices(precision))
     loaded = sft._with_adapter(base_model.load(model, precision), settled)
-    trainer = sft._trainer(loaded, settled, steps, precision, contract, made.examples, [], tmp_path / "out")
+    trainer = sft._trainer(loaded, settled, precision, contract, rows, tmp_path / "out")
     fed = []
     for batch in trainer.get_train_dataloader():
         for ids, labels, real in zip(

@@ -1,10 +1,13 @@
-"""Rows of a data set file to what the trainer is fed: token ids and labels, through the prompt contract."""
+"""Rows of a data set file to what the trainer is fed: token ids and labels, through the prompt contract.
+
+No torch: the API counts with it what a job would use.
+"""
 
 import hashlib
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from core.errors import BadRequest
 from core.ml import prompts
@@ -12,38 +15,101 @@ from core.ml.formats import validate
 from core.ml.formats.chat.example import Example
 from core.ml.prompts import Contract, Encoded, LossOn
 from core.ml.training.config import Training
-from core.ml.training.run import Source
+from core.ml.training.run import Run, Source
 
 # What a job of unknown length gets at most; longer rows need an explicit max_length.
 AUTO_LENGTH = 2048
 _IGNORED = -100
 _NAMED = 10
 
+LabelledIds = dict[str, list[int]]
+
 
 @dataclass
 class Tokenised:
-    """`examples` of {input_ids, labels}; of each its line and how many of its tokens are the prompt.
+    """`examples` of {input_ids, labels}, where they are kept; of each its line, its tokens, and the keys of the
+    row and of its prompt: equal rows have equal keys.
 
     `dropped` are the lines left out as too long, `truncated` those whose prompt was cut. `texts` says that
     the rows are plain texts without turns.
     """
 
-    examples: list[dict[str, list[int]]] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
+    limit: int
+    examples: list[LabelledIds] = field(default_factory=list)
+    lines: "array[int]" = field(default_factory=lambda: array("q"))
+    lengths: "array[int]" = field(default_factory=lambda: array("i"))
+    keys: "array[int]" = field(default_factory=lambda: array("Q"))
+    prompt_keys: "array[int]" = field(default_factory=lambda: array("Q"))
     dropped: list[int] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
-    longest: int = 0
+    unfinished: list[int] = field(default_factory=list)
     trained_tokens: int = 0
     texts: bool = False
 
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
 
-def tokenise(source: Source, contract: Contract, *, context: int, training: Training) -> Tokenised:
-    """Every row as it will be trained. `context` are the tokens that the model reads.
+
+@dataclass(frozen=True)
+class Rows:
+    """What a run trains on and what it holds back: places in `data`, or a data set of its own.
+
+    `in_both` are the lines of validation rows that are trained too: their loss proves nothing.
+    """
+
+    data: Tokenised
+    train: list[int]
+    held_back: list[int]
+    valid: Tokenised | None
+    in_both: list[int]
+
+    @property
+    def train_examples(self) -> list[LabelledIds]:
+        return [self.data.examples[i] for i in self.train]
+
+    @property
+    def valid_examples(self) -> list[LabelledIds]:
+        return self.valid.examples if self.valid else [self.data.examples[i] for i in self.held_back]
+
+    @property
+    def valid_count(self) -> int:
+        return len(self.valid.lines) if self.valid else len(self.held_back)
+
+
+def rows_of(run: Run, contract: Contract, *, context: int) -> Rows:
+    """The rows of a run, tokenised and divided. `context` are the tokens that the model reads.
 
     Raises:
-        BadRequest: `row_too_long` (policy error), `eos_not_trained` (more than 1 % of the rows never
-            show the end of an answer), `no_trained_tokens`, and what `prompts.encode` refuses, with the line.
+        BadRequest: as `tokenise`, `check` and `divided`.
+    """
+    data = tokenise(run.train, contract, context=context, training=run.spec.training)
+    check(data, run.spec.training)
+    valid = None
+    if run.valid is not None:
+        try:
+            valid = tokenise(run.valid, contract, context=context, training=run.spec.training)
+            check(valid, run.spec.training)
+        except BadRequest as error:
+            raise error.within("In the validation data set") from error
+    return divided(data, valid, run.fraction, run.spec.seed)
+
+
+def divided(data: Tokenised, valid: Tokenised | None, fraction: float | None, seed: int) -> Rows:
+    """Training and validation rows. Raises BadRequest `validation_empty`."""
+    if valid is not None:
+        return Rows(data, list(range(len(data.lines))), [], valid, _shared(data, valid))
+    train, held_back = _split(data, fraction, seed) if fraction else (list(range(len(data.lines))), [])
+    return Rows(data, train, held_back, None, [])
+
+
+def tokenise(
+    source: Source, contract: Contract, *, context: int, training: Training, keep: bool = True
+) -> Tokenised:
+    """Every row as it will be trained; without `keep` only the counts. What is wrong with them, `problems` says.
+
+    Raises:
+        BadRequest: `max_length_too_long`, and what `prompts.encode` refuses, with the line.
     """
     limit = min(AUTO_LENGTH, context) if training.max_length == "auto" else training.max_length
     if limit > context:
@@ -52,39 +118,63 @@ def tokenise(source: Source, contract: Contract, *, context: int, training: Trai
             f"max_length {limit} is more than the {context} tokens the model reads.",
             param="training.max_length",
         )
-    made = Tokenised()
-    unfinished: list[int] = []
+    made = Tokenised(limit)
     for line, encoded in _encoded(source, contract, training.loss_on, made):
-        fitting = _fit(contract, line, encoded, limit, training, made)
+        fitting = _fit(contract, line, encoded, training, made)
         if fitting is None:
             continue
         if not prompts.ends_trained(contract, fitting):
-            unfinished.append(line)
+            made.unfinished.append(line)
         _add(made, line, fitting)
+        if keep:
+            labels = [
+                token if trained else _IGNORED
+                for token, trained in zip(fitting.ids, fitting.trained, strict=True)
+            ]
+            made.examples.append({"input_ids": fitting.ids, "labels": labels})
+    return made
+
+
+def check(made: Tokenised, training: Training) -> None:
+    """Raise the first of the `problems`."""
+    for problem in problems(made, training):
+        raise problem
+
+
+def problems(made: Tokenised, training: Training) -> list[BadRequest]:
+    """Why these rows cannot be trained: `row_too_long` (policy error), `eos_not_trained` (more than 1 % of the
+    rows never show the end of an answer), `no_trained_tokens`."""
+    found = []
+    long = f"{_rows(made.dropped)} longer than {made.limit} tokens"
     if made.dropped and training.overlength != "drop":
-        raise BadRequest(
-            "row_too_long",
-            f"{len(made.dropped)} rows are longer than {limit} tokens"
-            + (" even without their prompt" if training.overlength == "truncate" else "")
-            + f" (lines {_some(made.dropped)}).",
-            param="training.max_length",
-            hint='Raise training.max_length, or set training.overlength to "drop" to leave these rows out.',
+        even_so = " even without their prompt" if training.overlength == "truncate" else ""
+        found.append(
+            BadRequest(
+                "row_too_long",
+                f"{long}{even_so} (lines {_some(made.dropped)}).",
+                param="training.max_length",
+                hint='Raise training.max_length, or set training.overlength to "drop" to leave these rows out.',
+            )
         )
-    if len(unfinished) > 0.01 * len(made.examples):
-        raise BadRequest(
-            "eos_not_trained",
-            f"{len(unfinished)} of {len(made.examples)} rows do not train the end of the answer "
-            f"(lines {_some(unfinished)}), so the model would not learn to stop.",
+    if len(made.unfinished) > 0.01 * len(made.lines):
+        found.append(
+            BadRequest(
+                "eos_not_trained",
+                f"{len(made.unfinished)} of {len(made.lines)} rows do not train the end of the answer "
+                f"(lines {_some(made.unfinished)}), so the model would not learn to stop.",
+            )
         )
     if not made.trained_tokens:
-        why = f": {len(made.dropped)} rows are longer than {limit} tokens (lines {_some(made.dropped)})"
-        raise BadRequest(
-            "no_trained_tokens",
-            f"No row is left that trains any token{why if made.dropped else ''}.",
-            param="training.max_length" if made.dropped else None,
-            hint="Raise training.max_length." if made.dropped else None,
+        found.append(
+            BadRequest(
+                "no_trained_tokens",
+                "No row is left that trains any token"
+                + (f": {long} (lines {_some(made.dropped)})." if made.dropped else "."),
+                param="training.max_length" if made.dropped else None,
+                hint="Raise training.max_length." if made.dropped else None,
+            )
         )
-    return made
+    return found
 
 
 def _encoded(
@@ -107,52 +197,55 @@ def _encoded(
 
 
 def _fit(
-    contract: Contract, line: int, encoded: Encoded, limit: int, training: Training, made: Tokenised
+    contract: Contract, line: int, encoded: Encoded, training: Training, made: Tokenised
 ) -> Encoded | None:
-    if len(encoded.ids) <= limit:
+    if len(encoded.ids) <= made.limit:
         return encoded
-    cut = prompts.truncated(contract, encoded, limit) if training.overlength == "truncate" else None
+    cut = prompts.truncated(contract, encoded, made.limit) if training.overlength == "truncate" else None
     (made.dropped if cut is None else made.truncated).append(line)
     return cut
 
 
 def _add(made: Tokenised, line: int, encoded: Encoded) -> None:
     made.lines.append(line)
-    made.prompts.append(encoded.prompt)
-    made.longest = max(made.longest, len(encoded.ids))
+    made.lengths.append(len(encoded.ids))
+    made.keys.append(_key(encoded.ids))
+    made.prompt_keys.append(_key(encoded.ids[: encoded.prompt]))
     made.trained_tokens += sum(encoded.trained)
-    labels = [
-        token if trained else _IGNORED for token, trained in zip(encoded.ids, encoded.trained, strict=True)
-    ]
-    made.examples.append({"input_ids": encoded.ids, "labels": labels})
 
 
-def shared(train: Tokenised, valid: Tokenised) -> list[int]:
-    """The lines of validation rows that are trained too: their loss proves nothing."""
-    known = {hash(tuple(example["input_ids"])) for example in train.examples}
-    return [
-        line
-        for line, example in zip(valid.lines, valid.examples, strict=True)
-        if hash(tuple(example["input_ids"])) in known
-    ]
+def _key(ids: list[int]) -> int:
+    return _digest(array("i", ids).tobytes())
 
 
-def split(tokenised: Tokenised, fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Training and validation examples. Rows with the same prompt stay on the same side."""
-    train: list[Any] = []
-    held_back: list[Any] = []
-    for example, length in zip(tokenised.examples, tokenised.prompts, strict=True):
-        prompt = repr((seed, example["input_ids"][:length])).encode()
-        share = int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest()) / 2**64
-        (held_back if share < fraction else train).append(example)
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
+def _shared(train: Tokenised, valid: Tokenised) -> list[int]:
+    known = set(train.keys)
+    return [line for line, key in zip(valid.lines, valid.keys, strict=True) if key in known]
+
+
+def _split(data: Tokenised, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Places of training and of validation rows. Rows with the same prompt stay on the same side."""
+    train: list[int] = []
+    held_back: list[int] = []
+    for place, key in enumerate(data.prompt_keys):
+        share = _digest(f"{seed} {key}".encode()) / 2**64
+        (held_back if share < fraction else train).append(place)
     if not train or not held_back:
         raise BadRequest(
             "validation_empty",
-            f"A validation fraction of {fraction} leaves one side of {len(tokenised.examples)} rows empty.",
+            f"A validation fraction of {fraction} leaves one side of {len(data.lines)} rows empty.",
             param="validation.fraction",
             hint="Use more rows or another fraction.",
         )
     return train, held_back
+
+
+def _rows(lines: list[int]) -> str:
+    return "1 row is" if len(lines) == 1 else f"{len(lines)} rows are"
 
 
 def _some(lines: list[int]) -> str:

@@ -4,7 +4,6 @@ Knows no job, database or queue: it takes a `Run`, reports through a callback an
 every step whether to leave.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,19 +23,15 @@ from core.ml import base_model, catalogue
 from core.ml import contract as contracts
 from core.ml.base_model import Precision
 from core.ml.prompts import Contract
-from core.ml.training import saving
+from core.ml.training import plan, saving
 from core.ml.training.config import Spec
-from core.ml.training.data import Tokenised, shared, split, tokenise
+from core.ml.training.data import Rows, rows_of
 from core.ml.training.reporter import Report, Reporter
 from core.ml.training.run import Run
 
 # trl scores only the positions with a label on a GPU, but every position on a CPU, where nine of ten
 # cost time and change nothing. This is its switch between the two; a test holds both to one result.
 trl.trainer.utils._use_triton = lambda _device: True
-
-
-# Line numbers that an event names.
-_LISTED = 100
 
 
 @dataclass(frozen=True)
@@ -56,28 +51,11 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     report("phase", phase="preparing")
     base_model.prepare(run.model)
     contract = contracts.load(run.model.path)
-    context = catalogue.context(run.model)
-    data = tokenise(run.train, contract, context=context, training=run.spec.training)
-    train_rows, valid_rows = data.examples, []
-    in_both: list[int] = []
-    if run.valid is not None:
-        valid = _validation(run, contract, context)
-        valid_rows, in_both = valid.examples, shared(data, valid)
-    elif run.fraction:
-        train_rows, valid_rows = split(data, run.fraction, run.spec.seed)
+    rows = rows_of(run, contract, context=catalogue.context(run.model))
     precision = base_model.settle(run.spec.quantization)
-    spec, total_steps = _settle(run.spec, data, len(train_rows), precision)
-    report(
-        "plan",
-        spec=spec.model_dump(),
-        total_steps=total_steps,
-        rows=len(train_rows),
-        validation_rows=len(valid_rows),
-        dropped=_counted(data.dropped),
-        truncated=_counted(data.truncated),
-        in_both=_counted(in_both),
-        trained_tokens=data.trained_tokens,
-    )
+    spec = plan.resolved(run.spec, rows, device=_choices(precision))
+    total_steps = plan.total_steps(spec, len(rows.train))
+    report("plan", spec=spec.model_dump(), total_steps=total_steps, **plan.counts(rows))
 
     report("phase", phase="loading_model")
     started = time.monotonic()
@@ -86,9 +64,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     if stop():
         return Result(None, {})
 
-    trainer = _trainer(
-        model, spec, total_steps, precision, contract, train_rows, valid_rows, run.work / "checkpoints"
-    )
+    trainer = _trainer(model, spec, precision, contract, rows, run.work / "checkpoints")
     trainer.add_callback(Reporter(report, stop))
     report("phase", phase="training")
     _run(trainer, run.resume, total_steps)
@@ -98,57 +74,23 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     # From the whole history: the trainer's own mean forgets the steps before a resume.
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {"train_loss": sum(losses) / len(losses)}
-    if valid_rows:
+    if rows.valid_count:
         report("phase", phase="evaluating")
         metrics |= _evaluate(trainer, model)
     report("phase", phase="saving")
     adapter = run.work / "adapter"
-    saving.save(model, replace(contract, rows="text" if data.texts else "turns"), run.model, spec, adapter)
+    saving.save(
+        model, replace(contract, rows="text" if rows.data.texts else "turns"), run.model, spec, adapter
+    )
     return Result(adapter, metrics)
 
 
-def _counted(lines: list[int]) -> dict[str, Any]:
-    return {"count": len(lines), "lines": lines[:_LISTED]}
-
-
-def _validation(run: Run, contract: Contract, context: int) -> Tokenised:
-    assert run.valid is not None  # noqa: S101 - the caller looked
-    training = run.spec.training
-    try:
-        return tokenise(run.valid, contract, context=context, training=training)
-    except BadRequest as error:
-        raise error.within("In the validation data set") from error
-
-
-def _settle(spec: Spec, data: Tokenised, rows: int, precision: Precision) -> tuple[Spec, int]:
-    """The spec with nothing left "auto", and the number of optimizer steps it means."""
-    training = spec.training
-    assert isinstance(training.batch_size, int)  # noqa: S101 - config.settle() came before
-    batches = math.ceil(rows / training.batch_size)
-    per_epoch = math.ceil(batches / (training.effective_batch_size // training.batch_size))
-    total = training.max_steps or math.ceil((training.epochs or 1) * per_epoch)
-    every = spec.checkpoints.every_steps
-    if every == "auto":
-        every = min(max(total // 5, 1), 50)
-    loss_on = training.loss_on
-    if loss_on == "auto":
-        loss_on = "all" if data.texts else "assistant"
-    gradient_checkpointing = training.gradient_checkpointing
-    if gradient_checkpointing == "auto":
-        gradient_checkpointing = base_model.device().type == "cuda"
-    return spec.model_copy(
-        update={
-            "quantization": spec.quantization.model_copy(update={"compute_dtype": precision.dtype}),
-            "training": training.model_copy(
-                update={
-                    "max_length": data.longest if training.max_length == "auto" else training.max_length,
-                    "gradient_checkpointing": gradient_checkpointing,
-                    "loss_on": loss_on,
-                }
-            ),
-            "checkpoints": spec.checkpoints.model_copy(update={"every_steps": every}),
-        }
-    ), total
+def _choices(precision: Precision) -> dict[str, Any]:
+    """What this device decides of a plan."""
+    return {
+        "compute_dtype": precision.dtype,
+        "gradient_checkpointing": base_model.device().type == "cuda",
+    }
 
 
 def _with_adapter(model: Any, spec: Spec) -> PeftModel:
@@ -191,19 +133,12 @@ def _with_adapter(model: Any, spec: Spec) -> PeftModel:
 
 
 def _trainer(
-    model: PeftModel,
-    spec: Spec,
-    total_steps: int,
-    precision: Precision,
-    contract: Contract,
-    train_rows: list[Any],
-    valid_rows: list[Any],
-    output: Path,
+    model: PeftModel, spec: Spec, precision: Precision, contract: Contract, rows: Rows, output: Path
 ) -> SFTTrainer:
     training = spec.training
     assert isinstance(training.batch_size, int)  # noqa: S101
     on_cpu = base_model.device().type == "cpu"
-    every = spec.evaluation.every_steps if valid_rows else None
+    every = spec.evaluation.every_steps if rows.valid_count else None
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -221,7 +156,7 @@ def _trainer(
             gradient_accumulation_steps=training.effective_batch_size // training.batch_size,
             learning_rate=training.learning_rate,
             lr_scheduler_type=training.scheduler,
-            warmup_steps=int(total_steps * training.warmup_ratio),
+            warmup_steps=int(plan.total_steps(spec, len(rows.train)) * training.warmup_ratio),
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             neftune_noise_alpha=training.neftune_alpha,
@@ -239,8 +174,8 @@ def _trainer(
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
-        train_dataset=Dataset.from_list(train_rows),
-        eval_dataset=Dataset.from_list(valid_rows) if valid_rows else None,
+        train_dataset=Dataset.from_list(rows.train_examples),
+        eval_dataset=Dataset.from_list(rows.valid_examples) if rows.valid_count else None,
         processing_class=contract.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)  # the reporter tells what happens; stdout may be gone

@@ -1,0 +1,63 @@
+"""From a spec and its rows to what will be done: nothing is left "auto". No torch."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from core.ml.training.config import Spec
+from core.ml.training.data import Rows
+
+# Line numbers that are named of each kind.
+_LISTED = 100
+
+
+def total_steps(spec: Spec, rows: int) -> int:
+    """Optimizer steps over so many training rows."""
+    training = spec.training
+    assert isinstance(training.batch_size, int)  # noqa: S101 - config.settle() came before
+    batches = math.ceil(rows / training.batch_size)
+    per_epoch = math.ceil(batches / (training.effective_batch_size // training.batch_size))
+    return training.max_steps or math.ceil((training.epochs or 1) * per_epoch)
+
+
+def resolved(spec: Spec, rows: Rows, *, device: Mapping[str, Any]) -> Spec:
+    """The spec with what the rows decide, and with what the device does: {compute_dtype, gradient_checkpointing}.
+
+    Without a device those two stay "auto".
+    """
+    training, quantization = spec.training, spec.quantization
+    changes: dict[str, Any] = {}
+    if training.max_length == "auto":
+        changes["max_length"] = rows.data.longest
+    if training.loss_on == "auto":
+        changes["loss_on"] = "all" if rows.data.texts else "assistant"
+    if training.gradient_checkpointing == "auto" and "gradient_checkpointing" in device:
+        changes["gradient_checkpointing"] = device["gradient_checkpointing"]
+    if "compute_dtype" in device:
+        quantization = quantization.model_copy(update={"compute_dtype": device["compute_dtype"]})
+    every = spec.checkpoints.every_steps
+    if every == "auto":
+        every = min(max(total_steps(spec, len(rows.train)) // 5, 1), 50)
+    return spec.model_copy(
+        update={
+            "quantization": quantization,
+            "training": training.model_copy(update=changes),
+            "checkpoints": spec.checkpoints.model_copy(update={"every_steps": every}),
+        }
+    )
+
+
+def counts(rows: Rows) -> dict[str, Any]:
+    """What is used and what is not, with the first line numbers."""
+    return {
+        "rows": len(rows.train),
+        "validation_rows": rows.valid_count,
+        "dropped": _counted(rows.data.dropped),
+        "truncated": _counted(rows.data.truncated),
+        "in_both": _counted(rows.in_both),
+        "trained_tokens": rows.data.trained_tokens,
+    }
+
+
+def _counted(lines: list[int]) -> dict[str, Any]:
+    return {"count": len(lines), "lines": lines[:_LISTED]}

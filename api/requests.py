@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import ImmutableMultiDict
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.deps import authenticate
@@ -57,6 +58,15 @@ class StrictRoute(APIRoute):
                 hint = f'Did you mean "{near}"?' if near else None
                 message = f'There is no parameter "{name[:60]}".'
                 raise BadRequest("invalid_request", message, param=name[:60], hint=hint)
+        refuse_repeated(request.query_params)
+
+
+def refuse_repeated(given: ImmutableMultiDict[str, Any]) -> None:
+    """Of two values for one name the last would be taken in silence."""
+    for name in given:
+        if len(given.getlist(name)) > 1:
+            message = f'"{name[:60]}" is given more than once.'
+            raise BadRequest("invalid_request", message, param=name[:60], hint="Give it once.")
 
 
 def parse(body: bytes) -> Any:

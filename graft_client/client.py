@@ -104,6 +104,10 @@ class Client:
         headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
         return self._call("POST", "/jobs", json=body, headers=headers)
 
+    def preflight(self, body: Json) -> Json:
+        """What a job with this body would do; can take two minutes where a worker measures it."""
+        return self._call("POST", "/jobs/preflight", json=body)
+
     def job(self, job_id: str) -> Json:
         return self._call("GET", f"/jobs/{job_id}")
 

@@ -7,14 +7,41 @@ from pathlib import Path
 from typing import Any
 
 from core.control import datasets
-from core.control.tables import Adapter, Checkpoint, Dataset, Job, new_id, utcnow
+from core.control.db import reading
+from core.control.tables import Adapter, Checkpoint, Dataset, Job, Probe, new_id, utcnow
 from core.errors import GraftError, NotFound
 from core.hashes import describe, sha256
+from core.ml import catalogue
 from core.ml.training import checkpoints
-from core.ml.training.run import Source
+from core.ml.training.config import Spec
+from core.ml.training.run import Run, Source
 from worker.context import Context
 
 logger = logging.getLogger(__name__)
+
+
+def fetch_run(context: Context, asked: Job | Probe, work: Path) -> Run:
+    """What a job or a probe asks for, its data sets as files in `work`.
+
+    Raises:
+        NotFound: `dataset_not_found`, `model_not_found`.
+        GraftError: `dataset_damaged`.
+    """
+    spec = dict(asked.spec)
+    validation = spec.pop("validation", None) or {}
+    with reading(context.sessions) as session:
+        train = session.get(Dataset, asked.dataset_id)
+        valid = session.get(Dataset, validation["dataset_id"]) if validation.get("dataset_id") else None
+    if train is None or (validation.get("dataset_id") and valid is None):
+        raise NotFound("dataset_not_found", "The data set of this job was deleted.")
+    return Run(
+        model=catalogue.find(context.catalogue, asked.model),
+        spec=Spec.model_validate(spec),
+        train=fetch_dataset(context, train, work / "train"),
+        valid=fetch_dataset(context, valid, work / "valid") if valid else None,
+        fraction=validation.get("fraction"),
+        work=work,
+    )
 
 
 def fetch_dataset(context: Context, dataset: Dataset, target: Path) -> Source:

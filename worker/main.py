@@ -1,4 +1,4 @@
-"""Celery entry point: `celery -A worker.main worker`. Registers the task, opens what it needs."""
+"""Celery entry point: `celery -A worker.main worker`. Registers the tasks, opens what it needs."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from core.control import db, queue, workers
 from core.ml import catalogue
 from core.ml.catalogue import Catalogue
 from core.storage import Storage
-from worker import child, maintenance, train
+from worker import child, maintenance, probe, train
 from worker.context import Context
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,11 @@ _open: list[Context] = []
 @app.task(name=queue.TRAIN)
 def train_job(job_id: str) -> None:
     train.run(_open[0], job_id)
+
+
+@app.task(name=queue.PROBE)
+def probe_run(probe_id: str) -> None:
+    probe.run(_open[0], probe_id)
 
 
 @signals.setup_logging.connect

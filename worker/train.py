@@ -10,16 +10,15 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from core import log
 from core.control import attempts, events
 from core.control.db import DatabaseUnavailable, reading
-from core.control.tables import Adapter, Checkpoint, Dataset
-from core.errors import Fenced, GraftError, NotFound
-from core.ml import catalogue
-from core.ml.training.config import Spec
+from core.control.tables import Adapter, Checkpoint
+from core.errors import Fenced, GraftError
 from core.ml.training.run import Run
 from worker import artifacts, child, reports
 from worker.context import Context
@@ -93,24 +92,11 @@ def _inputs(context: Context, attempt: Attempt) -> Run:
     job, work = attempt.job, attempt.work
     shutil.rmtree(work.parent, ignore_errors=True)  # what earlier attempts left when they broke off
     work.mkdir(parents=True)
-    spec = dict(job.spec)
-    validation = spec.pop("validation", None) or {}
     with reading(context.sessions) as session:
-        train = session.get(Dataset, job.dataset_id)
-        valid = session.get(Dataset, validation["dataset_id"]) if validation.get("dataset_id") else None
         saved = events.checkpoints(session, job.id)
-    if train is None or (validation.get("dataset_id") and valid is None):
-        raise NotFound("dataset_not_found", "The data set of this job was deleted.")
+    run = artifacts.fetch_run(context, job, work)
     resume, _ = _resume(context, attempt, saved)
-    return Run(
-        model=catalogue.find(context.catalogue, job.model),
-        spec=Spec.model_validate(spec),
-        train=artifacts.fetch_dataset(context, train, work / "train"),
-        valid=artifacts.fetch_dataset(context, valid, work / "valid") if valid else None,
-        fraction=validation.get("fraction"),
-        work=work,
-        resume=resume,
-    )
+    return replace(run, resume=resume)
 
 
 def _resume(context: Context, attempt: Attempt, saved: list[Checkpoint]) -> tuple[Path | None, int]:

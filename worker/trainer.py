@@ -13,11 +13,18 @@ from core import log
 from core.errors import GraftError, StorageFull, is_disk_full
 from core.ml import base_model
 from core.ml.catalogue import BaseModel
+from core.ml.training import probe as measure
 from core.ml.training import sft
 from core.ml.training.reporter import Report
 from core.ml.training.run import Run
 
 logger = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = {
+    "code": "out_of_memory",
+    "message": "The device has too little memory for this job.",
+    "hint": "Use a smaller training.batch_size, training.max_length or lora.r, or a smaller base model.",
+}
 
 
 def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> None:
@@ -31,12 +38,7 @@ def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> No
     except BrokenPipeError:
         raise  # the worker or its log is gone: a crash, from which the job goes on
     except torch.OutOfMemoryError:
-        report(
-            "error",
-            code="out_of_memory",
-            message="The device has too little memory for this job.",
-            hint="Use a smaller training.batch_size, training.max_length or lora.r, or a smaller base model.",
-        )
+        report("error", **_OUT_OF_MEMORY)
     except Exception as error:  # noqa: BLE001 - every end of a run is reported, with its cause
         logger.error("training broke off\n%s", traceback.format_exc())  # noqa: TRY400
         if is_disk_full(error):
@@ -53,6 +55,17 @@ def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> No
             report("stopped")
         else:
             report("done", folder=str(result.adapter), metrics=result.metrics)
+
+
+def probe(run: Run, report: Report, stop: Callable[[], bool]) -> None:  # noqa: ARG001 - a child's form
+    """Take a few steps and report `measured`, or the `error` that a job would end with."""
+    log.setup()
+    try:
+        report("measured", **measure.measure(run))
+    except GraftError as error:
+        report("error", **error.as_dict())
+    except torch.OutOfMemoryError:
+        report("error", **_OUT_OF_MEMORY)
 
 
 def prepare(model: BaseModel, report: Report, stop: Callable[[], bool]) -> None:  # noqa: ARG001 - a child's form

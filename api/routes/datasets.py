@@ -14,7 +14,7 @@ from starlette.datastructures import FormData
 
 from api.deps import CallerDep, PageDep, Services, ServicesDep
 from api.files import respond
-from api.requests import StrictRoute
+from api.requests import StrictRoute, refuse_repeated
 from api.schemas.common import Deleted, Listing
 from api.schemas.datasets import DatasetOut, ValidationOut
 from core import strict_json
@@ -198,8 +198,7 @@ def _repaired_file(checked: Examination, target: IO[bytes], filename: str) -> Re
 def _refuse_unknown(request: Request, fields: Sequence[str]) -> None:
     """A misspelt form field must not be passed over: FastAPI would."""
     form = getattr(request, "_form", None) or FormData()
-    if len(form.getlist("file")) > 1:
-        raise BadRequest("invalid_request", "The request has more than one file.", param="file")
+    refuse_repeated(form)
     for field in form:
         if field not in fields:
             near = nearest(field, fields)

@@ -22,7 +22,6 @@ from core.control.db import AlreadyThere
 from core.control.tables import FINISHED, Job, JobStatus
 from core.errors import BadRequest, Conflict
 from core.ml import catalogue
-from core.ml.training import config
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
@@ -41,8 +40,7 @@ def create(
     sha256 = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
     model = body.model or services.settings.default_model
     catalogue.check(services.catalogue, model)
-    settled = config.settle(config.Spec(**{name: getattr(body, name) for name in config.Spec.model_fields}))
-    spec = settled.model_dump() | {"validation": body.validation.model_dump() if body.validation else None}
+    spec = body.kept_spec()
     try:
         with services.sessions.begin() as session:
             if idempotency_key and (

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from api.schemas.common import Request
 from core.control.tables import Checkpoint, Job, JobEvent, JobStatus
+from core.ml.training import config
 from core.ml.training.config import Spec
 
 # Names of metadata: what both databases can look up by.
@@ -38,6 +39,16 @@ class JobCreate(Spec):
         Annotated[str, StringConstraints(max_length=64, pattern=LABEL)],
         Annotated[str, StringConstraints(max_length=512)],
     ] = Field({}, max_length=16)
+
+    def settled(self) -> Spec:
+        """What the trainer reads, as far as it needs neither data nor device."""
+        return config.settle(Spec(**{name: getattr(self, name) for name in Spec.model_fields}))
+
+    def kept_spec(self) -> dict[str, Any]:
+        """What is kept in a row."""
+        return self.settled().model_dump() | {
+            "validation": self.validation.model_dump() if self.validation else None
+        }
 
 
 class Progress(BaseModel):

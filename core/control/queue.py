@@ -1,4 +1,4 @@
-"""The Celery app, its settings and the one message there is: the id of a job.
+"""The Celery app, its settings and its messages: the id of a job, or of a probe.
 
 The settings are those measured in production failures of others; each has its reason beside it.
 """
@@ -12,6 +12,7 @@ from kombu.exceptions import OperationalError
 from core.settings import Settings
 
 TRAIN = "graft.train"
+PROBE = "graft.probe"
 QUEUE = "train"
 
 logger = logging.getLogger(__name__)
@@ -58,14 +59,14 @@ def create(settings: Settings) -> Celery:
     return app
 
 
-def send(app: Celery, job_id: str) -> bool:
-    """Put a job's id into the queue; False when the broker does not answer (this can take seconds)."""
+def send(app: Celery, row_id: str, task: str = TRAIN) -> bool:
+    """Put an id into the queue; False when the broker does not answer (this can take seconds)."""
     try:
-        app.send_task(TRAIN, args=[job_id], queue=QUEUE, retry=False)
+        app.send_task(task, args=[row_id], queue=QUEUE, retry=False)
     except (OperationalError, OSError) as error:
         logger.warning(
-            "broker does not take messages; the sweep will send this job later",
-            extra={"job_id": job_id, "error": str(error)},
+            "broker does not take messages; the sweep sends jobs later",
+            extra={"row_id": row_id, "error": str(error)},
         )
         return False
     return True
@@ -78,8 +79,8 @@ class Sender:
         self._app = app
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sender")
 
-    def send(self, job_id: str) -> None:
-        self._thread.submit(send, self._app, job_id)
+    def send(self, row_id: str, task: str = TRAIN) -> None:
+        self._thread.submit(send, self._app, row_id, task)
 
     def check(self) -> None:
         """Raise OSError or OperationalError when the broker does not answer within two seconds."""

@@ -183,6 +183,19 @@ class Adapter(Table):
         return f"{self.id}@{self.sha256[:12]}"
 
 
+class Probe(Table):
+    """A question to a worker: what a run would take on its device. Whoever asked waits for the answer."""
+
+    __tablename__ = "probes"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    model: Mapped[str]
+    dataset_id: Mapped[str]
+    spec: Mapped[Json]
+    asked: Mapped[float]
+    answer: Mapped[Json | None]
+
+
 class Worker(Table):
     """A worker process: where it runs, how many jobs it may take, and when it was last heard of."""
 

@@ -166,6 +166,18 @@ def test_an_unknown_form_field_is_answered_with_the_nearest(api: Api) -> None:
     assert api.stored() == []
 
 
+@only_sqlite
+def test_what_is_given_twice_is_refused(api: Api) -> None:
+    file = {"file": ("rows.jsonl", b'{"prompt": "a", "completion": "b"}')}
+    twice = {"format": ["auto", "text"]}
+    for path in ("/datasets", "/datasets/validate"):
+        error = refused(api.client.post(path, files=file, data=twice), 422, "invalid_request")
+        assert error["param"] == "format"
+    two_files = [("file", ("a", b"{}")), ("file", ("b", b"{}"))]
+    assert refused(api.client.post("/datasets", files=two_files), 422)["param"] == "file"
+    assert refused(api.client.get("/jobs?limit=1&limit=2"), 422)["param"] == "limit"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -13,7 +13,7 @@ from core.ml import contract as contracts
 from core.ml.catalogue import Catalogue
 from core.ml.formats import validate
 from core.ml.prompts import LossOn
-from core.ml.training import config, plan, sft
+from core.ml.training import assembly, config, plan
 from core.ml.training.data import rows_of
 from core.ml.training.run import Run, Source
 from tests import templates, tiny
@@ -113,9 +113,9 @@ def test_the_preview_shows_the_batches_of_the_trainer(
     )
     rows = rows_of(Run(model, spec, source, None, None, tmp_path), contract, context=2048)
     precision = base_model.settle(spec.quantization)
-    settled = plan.resolved(spec, rows, device=sft._choices(precision))
-    loaded = sft._with_adapter(base_model.load(model, precision), settled)
-    trainer = sft._trainer(loaded, settled, precision, contract, rows, tmp_path / "out")
+    settled = plan.resolved(spec, rows, device=assembly.device_choices(precision))
+    loaded = assembly.with_adapter(base_model.load(model, precision), settled)
+    trainer = assembly.trainer_of(loaded, settled, precision, contract, rows, tmp_path / "out")
     fed = []
     for batch in trainer.get_train_dataloader():
         for ids, labels, real in zip(

@@ -18,7 +18,7 @@ from core.ml import base_model, catalogue
 from core.ml.catalogue import BaseModel, Catalogue
 from core.ml.formats.validate import Reading
 from core.ml.quantization import Quantization
-from core.ml.training import config, sft
+from core.ml.training import assembly, config, sft
 from core.ml.training.run import Run, Source
 from tests import tiny
 
@@ -160,7 +160,7 @@ def test_scoring_only_labelled_positions_changes_nothing_but_the_time(
 def test_gradients_are_right_after_an_evaluation_and_a_generation(model: BaseModel) -> None:
     """The fused 4-bit CPU kernel repacks weights in eval mode and has no gradient."""
     precision = base_model.settle(Quantization())
-    adapted = sft._with_adapter(base_model.load(model, precision), config.settle(config.Spec()))
+    adapted = assembly.with_adapter(base_model.load(model, precision), config.settle(config.Spec()))
     ids = torch.arange(3, 40)[None]
 
     def gradients() -> list[torch.Tensor]:

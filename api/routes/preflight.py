@@ -1,0 +1,139 @@
+"""What a job would do, before it is posted: its rows counted here, its steps measured by a free worker."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+
+from api.deps import CallerDep, Services, ServicesDep, ready_model
+from api.requests import StrictRoute
+from api.schemas.jobs import JobCreate
+from api.schemas.preflight import MemoryOut, PreflightOut, Problem, RowsOut, TokensOut
+from core.control import datasets, db, probes, queue
+from core.control.tables import Dataset
+from core.errors import BadRequest
+from core.ml import catalogue
+from core.ml import contract as contracts
+from core.ml.catalogue import BaseModel
+from core.ml.training import data, plan
+from core.ml.training.config import Spec
+from core.ml.training.data import Tokenised
+from core.ml.training.run import Source
+
+router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
+
+_POLL_SECONDS = 0.2
+
+
+@router.post("/preflight")
+def preflight(body: JobCreate, services: ServicesDep, caller: CallerDep) -> PreflightOut:
+    """Count what a job with this body would train, drop and cut; measure its memory and time where a worker is free.
+
+    Nothing is kept. What would make the job fail is listed in `problems`, with the codes a job would fail with.
+    """
+    validation = body.validation
+    with db.reading(services.sessions) as session:
+        train = datasets.get(session, caller.project_id, body.dataset_id, param="dataset_id")
+        valid = None
+        if validation and validation.dataset_id:
+            valid = datasets.get(
+                session, caller.project_id, validation.dataset_id, param="validation.dataset_id"
+            )
+    base = ready_model(services, body.model)
+    spec = body.settled()
+    fraction = validation.fraction if validation else None
+    answer = _counted(services, base, spec, train, valid, fraction)
+    if answer.ok:
+        _measure(services, caller.project_id, body, answer)
+    return answer
+
+
+def _counted(
+    services: Services,
+    base: BaseModel,
+    spec: Spec,
+    train: Dataset,
+    valid: Dataset | None,
+    fraction: float | None,
+) -> PreflightOut:
+    answer = PreflightOut(ok=True, problems=[], model=base.name, dataset_id=train.id, spec=spec.model_dump())
+    try:
+        tokenised = _tokenised(services, base, spec, train)
+        answer.problems = [Problem.of(problem) for problem in data.problems(tokenised, spec.training)]
+        held = None
+        if valid is not None:
+            try:
+                held = _tokenised(services, base, spec, valid)
+                data.check(held, spec.training)
+            except BadRequest as error:
+                raise error.within("In the validation data set") from error
+        rows = data.divided(tokenised, held, fraction if tokenised.lines else None, spec.seed)
+    except BadRequest as error:
+        answer.problems.append(Problem.of(error))
+    else:
+        counts = plan.counts(rows)
+        answer.rows = RowsOut(used=counts["rows"], validation=counts["validation_rows"], **counts)
+        answer.tokens = TokensOut(
+            total=sum(tokenised.lengths), trained=tokenised.trained_tokens, longest=tokenised.longest
+        )
+        if rows.train:
+            answer.spec = plan.resolved(spec, rows, device={}).model_dump()
+            answer.total_steps = plan.total_steps(spec, len(rows.train))
+    answer.ok = not answer.problems
+    return answer
+
+
+def _tokenised(services: Services, base: BaseModel, spec: Spec, row: Dataset) -> Tokenised:
+    with tempfile.TemporaryDirectory(dir=services.settings.uploads) as folder:
+        file = Path(folder) / "data"
+        services.storage.get(row.key, file)
+        return data.tokenise(
+            Source(file, datasets.reading(row, datasets.limits(services.settings))),
+            contracts.load_cached(base.path),
+            context=catalogue.context(base),
+            training=spec.training,
+            keep=False,
+        )
+
+
+def _measure(services: Services, project_id: str, body: JobCreate, answer: PreflightOut) -> None:
+    """Ask a worker to take a few steps, and write what it says into the answer."""
+    with services.sessions.begin() as session:
+        if not probes.device_is_free(session):
+            answer.not_measured = "No worker is free."
+            return
+        probe_id = probes.ask(
+            session, project_id, model=answer.model, dataset_id=body.dataset_id, spec=body.kept_spec()
+        )
+    services.sender.send(probe_id, queue.PROBE)
+    found = _wait(services, probe_id)
+    if error := found.get("error"):
+        answer.ok = False
+        answer.problems.append(Problem(param=None, **error))
+    elif measured := found.get("measured"):
+        answer.spec = measured["spec"]
+        answer.device = measured["device"]
+        answer.memory = MemoryOut(
+            needed_bytes=measured["memory_needed_bytes"], present_bytes=measured["memory_present_bytes"]
+        )
+        answer.seconds_per_step = measured["seconds_per_step"]
+        steps = answer.total_steps or 0
+        answer.eta_seconds = measured["load_seconds"] + steps * measured["seconds_per_step"]
+    else:
+        answer.not_measured = found["unknown"]
+
+
+def _wait(services: Services, probe_id: str) -> dict[str, Any]:
+    until = time.monotonic() + probes.PATIENCE_SECONDS
+    try:
+        while time.monotonic() < until:
+            with db.reading(services.sessions) as session:
+                if (found := probes.answered(session, probe_id)) is not None:
+                    return found
+            time.sleep(_POLL_SECONDS)
+    finally:
+        with services.sessions.begin() as session:
+            probes.forget(session, probe_id)
+    return {"unknown": f"No worker answered within {probes.PATIENCE_SECONDS:.0f} seconds."}

@@ -1,0 +1,70 @@
+"""What a job would do, before it is posted."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from core.errors import GraftError
+
+
+class Lines(BaseModel):
+    """How many rows, and the lines of the first hundred."""
+
+    count: int
+    lines: list[int]
+
+
+class RowsOut(BaseModel):
+    """`in_both`: validation rows that are trained, too."""
+
+    used: int
+    validation: int
+    dropped: Lines
+    truncated: Lines
+    in_both: Lines
+
+
+class TokensOut(BaseModel):
+    """Of the rows that are used, validation rows of the same data set among them."""
+
+    total: int
+    trained: int
+    longest: int
+
+
+class MemoryOut(BaseModel):
+    needed_bytes: int
+    present_bytes: int
+
+
+class Problem(BaseModel):
+    """Why the job would fail."""
+
+    code: str
+    message: str
+    param: str | None
+    hint: str | None
+
+    @classmethod
+    def of(cls, error: GraftError) -> "Problem":
+        return cls(code=error.code, message=error.message, param=error.param, hint=error.hint)
+
+
+class PreflightOut(BaseModel):
+    """`ok`: nothing that was looked at would make the job fail. What could not be measured is null, and
+    `not_measured` says why; what the device decides of `spec` is "auto" then."""
+
+    object: Literal["preflight"] = "preflight"
+    ok: bool
+    problems: list[Problem]
+    model: str
+    dataset_id: str
+    rows: RowsOut | None = None
+    tokens: TokensOut | None = None
+    total_steps: int | None = None
+    spec: dict[str, Any]
+    device: str | None = None
+    memory: MemoryOut | None = None
+    seconds_per_step: float | None = None
+    eta_seconds: float | None = None
+    not_measured: str | None = None

@@ -1,0 +1,119 @@
+"""What a run takes, measured: a few real steps on its own rows, on this device."""
+
+import resource
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from core.ml import base_model, catalogue
+from core.ml import contract as contracts
+from core.ml.training import assembly, plan
+from core.ml.training.data import Rows, rows_of
+from core.ml.training.run import Run
+
+_USUAL_STEPS = 2
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """One optimizer step on the longest rows for the memory, then some on usual ones for the time.
+
+    {spec, device, memory_needed_bytes, memory_present_bytes, seconds_per_step, load_seconds}: the memory is that
+    of the GPU, or of the process on a CPU. Nothing is kept.
+
+    Raises:
+        GraftError: as a job with this run would.
+        torch.OutOfMemoryError: on a GPU.
+    """
+    before, present = _resident(), _present()
+    base_model.prepare(run.model)
+    contract = contracts.load(run.model.path)
+    rows = rows_of(run, contract, context=catalogue.context(run.model))
+    precision = base_model.settle(run.spec.quantization)
+    spec = plan.resolved(run.spec, rows, device=assembly.device_choices(precision))
+    started = time.monotonic()
+    model = assembly.with_adapter(base_model.load(run.model, precision), spec)
+    load_seconds = time.monotonic() - started
+
+    def seconds(places: list[int], steps: int) -> float:
+        training = spec.training.model_copy(update={"epochs": None, "max_steps": steps})
+        some = Rows(rows.data, places, [], None, [])
+        trainer = assembly.trainer_of(
+            model,
+            spec.model_copy(update={"training": training}),
+            precision,
+            contract,
+            some,
+            run.work / "probe",
+        )
+        watch = _Watch()
+        trainer.add_callback(watch)
+        trainer.train()
+        return watch.seconds / steps
+
+    effective = spec.training.effective_batch_size
+    seconds(sorted(rows.train, key=lambda place: -rows.data.lengths[place])[:effective], 1)
+    usual = rows.train[:: max(len(rows.train) // (_USUAL_STEPS * effective), 1)][: _USUAL_STEPS * effective]
+    seconds_per_step = seconds(usual, _USUAL_STEPS)
+    return {
+        "spec": spec.model_dump(),
+        "device": _name(),
+        "memory_needed_bytes": _peak() - before,
+        "memory_present_bytes": present,
+        "seconds_per_step": seconds_per_step,
+        "load_seconds": load_seconds,
+    }
+
+
+class _Watch(TrainerCallback):
+    """Seconds from the beginning to the end of every step; no checkpoint is saved."""
+
+    def __init__(self) -> None:
+        self.seconds = self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += _now() - self._began
+        control.should_save = False
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+def _name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _present() -> int:
+    """Bytes that are free: on the GPU, or in this machine as far as its container may use it."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no control group, or one without a limit
+        group = Path("/sys/fs/cgroup")
+        free = min(
+            free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        )
+    return free
+
+
+def _resident() -> int:
+    """Bytes that this process, a fork, shares with its parent from the start."""
+    return 0 if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,114 @@
+"""What a job would do, asked without a worker: counts, steps and problems."""
+
+from typing import Any
+
+import pytest
+
+from core.control import probes, workers
+from tests.api.conftest import Api, only_sqlite, refused
+from tests.control import rows
+
+LONG = {"prompt": "word " * 600, "completion": "b"}
+
+
+def pair(number: int) -> dict[str, str]:
+    return {"prompt": f"question {number}", "completion": f"answer {number}"}
+
+
+def asked(api: Api, data: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
+    dataset_id = api.upload(data).json()["id"]
+    answer = api.client.post("/jobs/preflight", json={"dataset_id": dataset_id, **body})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    assert (found["object"], found["dataset_id"]) == ("preflight", dataset_id)
+    return found
+
+
+def test_rows_tokens_and_steps_are_counted_and_nothing_is_kept(api: Api) -> None:
+    found = asked(api, [pair(n) for n in range(10)], training={"effective_batch_size": 4, "epochs": 2})
+    assert (found["ok"], found["problems"], found["total_steps"]) == (True, [], 6)
+    nothing = {"count": 0, "lines": []}
+    assert found["rows"] == {
+        "used": 10,
+        "validation": 0,
+        "dropped": nothing,
+        "truncated": nothing,
+        "in_both": nothing,
+    }
+    tokens = found["tokens"]
+    assert tokens["total"] > tokens["trained"] > 10
+    assert found["spec"]["training"]["max_length"] == tokens["longest"]
+    assert found["spec"]["training"]["loss_on"] == "assistant"
+    assert (found["memory"], found["seconds_per_step"], found["eta_seconds"]) == (None, None, None)
+    assert found["not_measured"] == "No worker is free."
+    assert api.client.get("/jobs").json()["data"] == []
+
+
+@only_sqlite
+@pytest.mark.parametrize(
+    ("policy", "used", "dropped", "truncated", "codes"),
+    [
+        ("error", 2, [2, 4], [], ["row_too_long"]),
+        ("drop", 2, [2, 4], [], []),
+        ("truncate", 4, [], [2, 4], []),
+    ],
+)
+def test_too_long_rows_are_counted_with_their_lines(
+    api: Api, policy: str, used: int, dropped: list[int], truncated: list[int], codes: list[str]
+) -> None:
+    found = asked(
+        api, [pair(0), LONG, pair(1), LONG], training={"max_length": 128, "overlength": policy, "epochs": 1}
+    )
+    assert found["rows"]["used"] == used
+    assert (found["rows"]["dropped"]["lines"], found["rows"]["truncated"]["lines"]) == (dropped, truncated)
+    assert [problem["code"] for problem in found["problems"]] == codes
+    assert found["ok"] == (not codes)
+
+
+@only_sqlite
+def test_everything_that_is_wrong_is_listed(api: Api) -> None:
+    found = asked(api, [LONG, LONG], training={"max_length": 64})
+    assert [problem["code"] for problem in found["problems"]] == ["row_too_long", "no_trained_tokens"]
+    assert (found["rows"]["used"], found["total_steps"]) == (0, None)
+    found = asked(api, [pair(0)], training={"max_length": 100_000})
+    assert [problem["code"] for problem in found["problems"]] == ["max_length_too_long"]
+    assert found["rows"] is None
+
+
+def test_validation_rows_are_counted(api: Api) -> None:
+    valid = api.upload([pair(1), pair(99)]).json()["id"]
+    found = asked(api, [pair(n) for n in range(10)], validation={"dataset_id": valid})
+    assert (found["rows"]["used"], found["rows"]["validation"]) == (10, 2)
+    assert found["rows"]["in_both"] == {"count": 1, "lines": [1]}
+    found = asked(api, [pair(n) for n in range(40)], validation={"fraction": 0.25})
+    assert found["rows"]["used"] + found["rows"]["validation"] == 40
+    assert found["rows"]["validation"] > 0
+    found = asked(api, [pair(0)], validation={"fraction": 0.25})
+    assert [problem["code"] for problem in found["problems"]] == ["validation_empty"]
+
+
+@only_sqlite
+def test_a_wrong_body_is_refused_as_a_job_would_be(api: Api) -> None:
+    dataset_id = api.dataset_id()
+    for body, status in [
+        ({}, 422),
+        ({"dataset_id": "ds_none"}, 404),
+        ({"dataset_id": dataset_id, "validation": {"dataset_id": "ds_none"}}, 404),
+        ({"dataset_id": dataset_id, "model": "other"}, 404),
+        ({"dataset_id": dataset_id, "trainin": {}}, 422),
+    ]:
+        job = refused(api.client.post("/jobs", json=body), status)
+        error = refused(api.client.post("/jobs/preflight", json=body), status)
+        assert error["code"] == job["code"]
+    refused(api.stranger.post("/jobs/preflight", json={"dataset_id": dataset_id}), 404, "dataset_not_found")
+
+
+@only_sqlite
+def test_a_worker_is_asked_only_while_it_has_nothing_to_do(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    with api.sessions.begin() as session:
+        workers.register(session, 1)
+    monkeypatch.setattr(probes, "PATIENCE_SECONDS", 0.5)
+    found = asked(api, [pair(0)])
+    assert (found["ok"], found["not_measured"]) == (True, "No worker answered within 0 seconds.")
+    rows.job(api.sessions, api.project_id)
+    assert asked(api, [pair(0)])["not_measured"] == "No worker is free."

@@ -1,0 +1,40 @@
+"""Questions to a worker and their answers."""
+
+from core.control import probes
+from core.control.db import Sessions
+from core.control.tables import Probe, new_id
+from tests.control import rows
+
+
+def question(sessions: Sessions) -> str:
+    project_id = rows.project(sessions, f"project {new_id('x')}")
+    with sessions.begin() as session:
+        return probes.ask(session, project_id, model="m", dataset_id="ds", spec={"seed": 1})
+
+
+def test_a_question_is_open_until_it_is_answered(sessions: Sessions) -> None:
+    asked = question(sessions)
+    with sessions.begin() as session:
+        found = probes.open_question(session, asked)
+        assert found is not None
+        assert (found.model, found.spec) == ("m", {"seed": 1})
+        assert probes.answered(session, asked) is None
+        probes.answer(session, asked, {"measured": {}})
+    with sessions.begin() as session:
+        assert probes.open_question(session, asked) is None
+        assert probes.answered(session, asked) == {"measured": {}}
+        probes.forget(session, asked)
+    with sessions.begin() as session:
+        assert session.get(Probe, asked) is None
+        probes.answer(session, asked, {})  # whoever asked has gone: nothing happens
+
+
+def test_an_old_question_is_nobodys_and_is_forgotten(sessions: Sessions) -> None:
+    old = question(sessions)
+    with sessions.begin() as session:
+        session.get_one(Probe, old).asked -= probes.PATIENCE_SECONDS + 1
+    with sessions.begin() as session:
+        assert probes.open_question(session, old) is None
+    question(sessions)
+    with sessions.begin() as session:
+        assert session.get(Probe, old) is None

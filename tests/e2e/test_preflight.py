@@ -1,0 +1,34 @@
+"""A preflight on a whole service: what it measures is what the job then takes."""
+
+from pathlib import Path
+
+from tests.e2e.conftest import MESSAGES
+from tests.service import Service
+
+SPEC = {"training": {"max_steps": 6, "effective_batch_size": 8}}
+
+
+def test_a_free_worker_measures_and_keeps_nothing(service: Service, rows_file: Path) -> None:
+    with service.client() as client:
+        dataset_id = client.upload(rows_file)["id"]
+        body = {"dataset_id": dataset_id, **SPEC}
+        found = client.preflight(body)
+        assert (found["ok"], found["not_measured"]) == (True, None), found
+        assert (found["rows"]["used"], found["total_steps"]) == (len(MESSAGES), 6)
+        assert 0 < found["memory"]["needed_bytes"] < found["memory"]["present_bytes"]
+        assert found["device"].startswith("CPU, ")
+        assert found["eta_seconds"] > 6 * found["seconds_per_step"] > 0
+        assert client.jobs() == []
+        assert list((service.home / "runs").iterdir()) == []
+        *_, job = client.watch(client.create_job(body)["id"])
+        assert job["status"] == "succeeded"
+        assert job["spec"] == found["spec"]
+        assert job["progress"]["total_steps"] == found["total_steps"]
+
+
+def test_what_the_model_refuses_is_found_by_the_probe(service: Service, rows_file: Path) -> None:
+    with service.client() as client:
+        dataset_id = client.upload(rows_file)["id"]
+        found = client.preflight({"dataset_id": dataset_id, "lora": {"target_modules": ["nothing"]}})
+        assert not found["ok"]
+        assert [problem["code"] for problem in found["problems"]] == ["unknown_target_modules"]

@@ -10,12 +10,14 @@ from core.control.tables import Job, JobStatus, Probe, new_id
 
 # Nobody waits longer for an answer.
 PATIENCE_SECONDS = 120.0
+_OPEN = (Probe.answer.is_(None), Probe.asked > now_epoch() - PATIENCE_SECONDS)
 
 
 def device_is_free(session: Session) -> bool:
-    """Whether a worker has nothing to do and no job waits for one."""
+    """Whether a worker has nothing to do, and neither a job nor another question waits for one."""
     queued = session.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED)) or 0
-    return workers.idle_slots(session) > queued
+    asked = session.scalar(select(func.count()).where(*_OPEN)) or 0
+    return workers.idle_slots(session) > queued + asked
 
 
 def ask(session: Session, project_id: str, *, model: str, dataset_id: str, spec: dict[str, Any]) -> str:
@@ -31,11 +33,7 @@ def ask(session: Session, project_id: str, *, model: str, dataset_id: str, spec:
 
 def open_question(session: Session, probe_id: str) -> Probe | None:
     """The question, while somebody waits for its answer."""
-    return session.scalars(
-        select(Probe).where(
-            Probe.id == probe_id, Probe.answer.is_(None), Probe.asked > now_epoch() - PATIENCE_SECONDS
-        )
-    ).first()
+    return session.scalars(select(Probe).where(Probe.id == probe_id, *_OPEN)).first()
 
 
 def answer(session: Session, probe_id: str, found: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Questions to a worker and their answers."""
 
-from core.control import probes
+from core.control import probes, workers
 from core.control.db import Sessions
 from core.control.tables import Probe, new_id
 from tests.control import rows
@@ -38,3 +38,21 @@ def test_an_old_question_is_nobodys_and_is_forgotten(sessions: Sessions) -> None
     question(sessions)
     with sessions.begin() as session:
         assert session.get(Probe, old) is None
+
+
+def test_one_question_at_a_time_is_put_to_a_worker(sessions: Sessions) -> None:
+    def free() -> bool:
+        with sessions.begin() as session:
+            return probes.device_is_free(session)
+
+    assert not free()
+    with sessions.begin() as session:
+        workers.register(session, 1)
+    assert free()
+    asked = question(sessions)
+    assert not free()
+    with sessions.begin() as session:
+        probes.answer(session, asked, {})
+    assert free()
+    rows.job(sessions, rows.project(sessions))
+    assert not free()

@@ -53,8 +53,9 @@ def check(
     """Say what is in a file and what is wrong with it; nothing is kept. Ends with 1 if it cannot be trained."""
     parts = mapping_of(mapping)
     require_file(file)
-    if repair is not None and repair.exists() and repair.samefile(file):
-        fail(f'--repair: "{repair}" is the file itself; give another name.')
+    if repair is not None and repair.exists():
+        what = "is the file itself" if repair.samefile(file) else "is there already and is not overwritten"
+        fail(f'--repair: "{repair}" {what}; give another name.')
     if repair is not None and not repair.parent.is_dir():
         fail(f'--repair: there is no folder "{repair.parent}".')
     with connected(url, key, home) as client:

@@ -1,7 +1,6 @@
-"""The one place where a row becomes tokens and a loss mask.
+"""The one place where a row becomes tokens and a loss mask. No torch.
 
 Preview, training, evaluation and generation all come through here, so they cannot differ in a token.
-Needs transformers' tokenizers only, no torch.
 """
 
 import hashlib
@@ -156,8 +155,7 @@ def encode_beginning(contract: Contract, text: str) -> list[int]:
 def encode_plain(contract: Contract, text: str) -> list[int]:
     """A text as it stands, after the start token if its tokenizer has one."""
     start = [contract.tokenizer.bos_token_id] if tokens.starts_with_bos(contract.tokenizer) else []
-    conversation = Conversation([Turn(role="user", content=text)])
-    marks = rendering.marks_for(conversation, contract.control)
+    marks = rendering.marks_for(Conversation([Turn(role="user", content=text)]), contract.control)
     if marks is None:
         return start + tokens.ids_of(contract.tokenizer, [text])[0]
     return start + tokens.ids_of_marked(contract.tokenizer, rendering.marked(text, marks), marks)
@@ -221,14 +219,12 @@ def _plan(contract: Contract, example: Conversation, loss_on: LossOn | None = No
         conversation = conversation._replace(turns=turns, tools=tools)
     turns, untrained = conversation.turns, conversation.untrained
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    counted = [] if loss_on in (None, "all") else [turn for turn in answers if turn not in untrained]
-    if loss_on == "completion":
-        counted = counted[-1:]
-    whole = _rendered(contract, conversation, len(turns), answer_next=loss_on is None)
+    counted = _counted(answers, untrained, loss_on)
+    whole = rendering.render(contract.tokenizer, turns, conversation.tools, answer_next=loss_on is None)
     borders = [0]
     trained = []
     for number, turn in enumerate(answers):
-        found = _borders(contract, conversation, turn, whole)
+        found = _borders(contract.tokenizer, conversation, turn, whole)
         if found is not None and found[0] < borders[-1]:
             found = None
         if turn in counted:
@@ -248,22 +244,29 @@ def _plan(contract: Contract, example: Conversation, loss_on: LossOn | None = No
     return _Plan([whole[begin:end] for begin, end in pairwise(borders)], trained, marks)
 
 
-def _rendered(contract: Contract, conversation: Conversation, turns: int, *, answer_next: bool) -> str:
-    return rendering.render(
-        contract.tokenizer, conversation.turns[:turns], conversation.tools, answer_next=answer_next
-    )
+def _counted(answers: list[int], untrained: frozenset[int], loss_on: LossOn | None) -> list[int]:
+    """The turns whose tokens are trained by their place."""
+    if loss_on in (None, "all"):
+        return []
+    asked = answers[-1:] if loss_on == "completion" else answers
+    counted = [turn for turn in asked if turn not in untrained]
+    if asked and not counted:
+        message = "The last answer has weight 0, and loss_on completion trains no other."
+        raise BadRequest("nothing_trained", message, hint='Use loss_on "assistant", or leave the row out.')
+    return counted
 
 
-def _borders(contract: Contract, conversation: Conversation, turn: int, whole: str) -> tuple[int, int] | None:
+def _borders(tokenizer: Any, conversation: Conversation, turn: int, whole: str) -> tuple[int, int] | None:
     """Where an answer begins and ends in the whole text; None where that does not begin as the turns before it."""
-    after = _rendered(contract, conversation, turn + 1, answer_next=False)
-    end = contract.tokenizer.eos_token
+    turns, tools = conversation.turns, conversation.tools
+    after = rendering.render(tokenizer, turns[: turn + 1], tools, answer_next=False)
+    end = tokenizer.eos_token
     if not whole.startswith(after) and end and after.endswith(end):
         after = after.removesuffix(end)  # some templates write it after the last turn only
     if turn:
-        before = _rendered(contract, conversation, turn, answer_next=True)
+        before = rendering.render(tokenizer, turns[:turn], tools, answer_next=True)
     else:
-        before = rendering.opening(contract.tokenizer, conversation)
+        before = rendering.opening(tokenizer, conversation)
     if not (whole.startswith(after) and after.startswith(before)):
         return None
     return len(before), len(after)
@@ -283,9 +286,7 @@ def _not_stable(example: Conversation, number: int) -> BadRequest:
 def _masked(contract: Contract, plan: _Plan, known: list[list[int]], loss_on: LossOn) -> Encoded:
     ids = _checked(contract, list(chain.from_iterable(known)))
     first = len(known[0])
-    if loss_on == "all":
-        return Encoded(ids, [True] * len(ids), first)
-    trained = [False] * len(ids)
+    trained = [loss_on == "all"] * len(ids)
     ends = list(accumulate(map(len, known)))
     for place in plan.trained:
         trained[ends[place - 1] : ends[place]] = [True] * len(known[place])

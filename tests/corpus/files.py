@@ -124,6 +124,9 @@ _OTHERS = [
     _not_rows("safetensors", _safetensors(), "safetensors"),
     _not_rows("GGUF", b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "GGUF"),
     _not_rows("PNG", b"\x89PNG\r\n\x1a\n" + bytes(20), "picture", "rows.json"),
+    _not_rows("WebP", b"RIFF\x24\0\0\0WEBPVP8 " + bytes(20), "picture"),
+    _not_rows("ORC", b"ORC\n\x0b\0\0\x03", "ORC"),
+    _not_rows("Feather", b"FEA1" + bytes(20), "Feather"),
     _not_rows("PDF", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n", "PDF"),
     _not_rows("ELF", b"\x7fELF\x02\x01\x01" + bytes(60), "program"),
     _not_rows("NumPy", b"\x93NUMPY\x01\x00v\x00{'descr': '<f8'}", "NumPy"),
@@ -150,7 +153,7 @@ _ENCODINGS = [
     _not_rows("utf-16-le without mark", _TEXT.encode("utf-16-le"), "UTF-16"),
     _not_rows("utf-16-be without mark", _TEXT.encode("utf-16-be"), "UTF-16"),
     _not_rows("utf-16 table without mark", "prompt,completion\na,b\n".encode("utf-16-le"), "UTF-16", "a.csv"),
-    _not_rows("utf-32", _TEXT.encode("utf-32"), "UTF-"),
+    _not_rows("utf-32", _TEXT.encode("utf-32"), "UTF-32"),
     bad("latin-1", _ROWS + line(pair(4, prompt="café")).decode().encode("latin-1"), "not_utf8", 4, "UTF-8"),
     bad(
         "latin-1 table",

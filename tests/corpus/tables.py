@@ -84,7 +84,12 @@ _CSV = [
     _bad_csv("quote inside a quoted field", _HEAD + b'a,b c\n"d" e,f g\n', "invalid_csv", 3, "quotation mark"),
     _bad_csv("same name twice", b"prompt,completion,prompt\na,b,c\n", "invalid_header", 1, "prompt"),
     _bad_csv("name lacking at the end", b"prompt,completion,\na,b c,d\n", "invalid_header", 1, "name"),
-    _bad_csv("name lacking at the start", b",prompt,completion\n0,a,b c\n", "invalid_header", 1, "name"),
+    _bad_csv("name lacking at the start", b",prompt,completion\n0,a,b c\n", "invalid_header", 1, "index=False"),
+    _bad_csv("Excel's separator", b"sep=;\nprompt;completion\na;b c\n", "invalid_header", 1, "Excel"),
+    _bad_csv("two separators", b"prompt,note;completion\na,b;c\n", "invalid_header", 1, "double quotes"),
+    _bad_csv("a header in single quotes", b"'prompt','completion'\n'a','b c'\n", "invalid_header", 1, "quotation"),
+    _bad_csv("a space before a quote", _HEAD + b'a, "b c"\nd,e f\n', "invalid_csv", 2, "space"),
+    _bad_csv("header of numbers", b"1,2\na,b c\n", "unknown_format", None, "olumn"),
     _bad_csv("header only", _HEAD, "empty_file", None, "no rows"),
     _bad_csv("header only, no line end", _HEAD.strip(), "empty_file", None, "no rows"),
     _bad_csv("1,000 columns", b",".join(b"c%d" % n for n in range(1000)) + b"\n", "invalid_header", 1, "256"),
@@ -121,6 +126,21 @@ _PARQUET = [
     _bad_parquet("a row longer than a line may be", _packed([pair(1), pair(2, prompt="x" * LINE_BYTES * 2)]), "line_too_long", 2, str(LINE_BYTES)),
     _bad_parquet("a wrong role in parquet", _packed([{"messages": [user(), answer()]}, {"messages": [user(), user() | {"role": "bot"}]}]), "unknown_role", 2, "bot"),
     Case("parquet bomb", _bomb, Bad("unsupported_file", None, "unpacks to more than"), "rows.parquet"),
+]  # fmt: skip
+
+_ODD = {
+    "timestamp": pa.array([1, 2**62], pa.timestamp("us")),
+    "date": pa.array([2**30, 1], pa.date32()),
+    "time": pa.array([2**60, 1], pa.time64("us")),
+    "duration": pa.array([2**62, 1], pa.duration("s")),
+    "time zone": pa.array([1, 2], pa.timestamp("us", tz="Mars/Olympus")),
+    "field twice": pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], names=["a", "a"]),
+}
+_PARQUET += [
+    _parquet(f"odd {name} that is not read", pa.table({"prompt": ["a", "b"], "completion": ["c d", "e f"], "odd": odd}), 2, "prompt_completion", "unread_field")
+    for name, odd in _ODD.items()
+] + [
+    _bad_parquet("a date out of range that is read", _packed(pa.table({"prompt": ["a", "b"], "completion": _ODD["timestamp"]})), "not_text", 2, '"completion" is'),
 ]  # fmt: skip
 
 _NAMES = [

@@ -55,7 +55,7 @@ def test_a_good_file_is_told_with_its_warnings_and_ends_with_0(service: Service,
     assert "format    prompt_completion, certain" in done.stdout
     assert "rows      3\n" in done.stdout
     assert "the longest 12" in done.stdout
-    assert "  1 rows repeat an earlier row.  (line 2)\n" in done.stdout
+    assert "  Rows that repeat an earlier row: 1.  (line 2)\n" in done.stdout
     assert kept(service) == 0
 
 
@@ -115,7 +115,7 @@ def test_rows_of_another_data_set_are_found(service: Service, tmp_path: Path) ->
         client.delete_dataset(dataset["id"])
     assert done.returncode == 0
     assert (
-        "1 rows are also in the other data set: a validation with them proves nothing.  (line 1)"
+        "Rows that are also in the other data set: 1. A validation with them proves nothing.  (line 1)"
         in done.stdout
     )
 

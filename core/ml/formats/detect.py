@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 from core.errors import BadRequest
 from core.ml.formats.chat import layouts
+from core.ml.formats.chat import mapping as mappings
+from core.ml.formats.chat.example import RowError
 from core.ml.formats.chat.mapping import Mapping
-from core.ml.formats.chat.rows import Format
+from core.ml.formats.chat.messages import OPENAI_ROLES
+from core.ml.formats.chat.rows import Format, reader
 
 # Rows that detection looks at, and how many characters of them.
 SAMPLE = 100
@@ -50,6 +53,7 @@ _FORM = {
         {"role": "assistant", "content": "{COLUMN OF THE ANSWER}"},
     ]
 }
+_ROLES_FORM = {"roles": {"NAME OF WHO ASKS": "user", "NAME OF WHO ANSWERS": "assistant"}}
 _CONTEXTS = ("context", "passage", "document", "schema", "background", "input")
 
 
@@ -81,7 +85,9 @@ def detect(sample: Sequence[dict[str, Any]]) -> Detection:
         BadRequest: `unknown_format` with a mapping to use, or `ambiguous_format` with the formats to choose from.
     """
     columns = list(dict.fromkeys(name for row in sample for name in row))
-    fitting = _fitting(columns, sample)
+    # A column without any value is no sign of a format.
+    filled = {name for row in sample for name, value in row.items() if value not in (None, "")}
+    fitting = _fitting([name for name in columns if name in filled], sample) or _fitting(columns, sample)
     structured = [name for name in fitting if name != "text"]
     if len(structured) > 1:
         raise BadRequest(
@@ -110,10 +116,14 @@ def text(sample: Sequence[dict[str, Any]]) -> Detection:
     Raises:
         BadRequest: `ambiguous_format`, when rows have several layouts, or some of them none.
     """
-    seen, plain = layouts.common(row["text"] for row in sample if isinstance(row.get("text"), str))
+    texts = [row["text"] for row in sample if isinstance(row.get("text"), str)]
+    seen, plain = layouts.common(texts)
     if not seen:
         why = "A text column without any known layout: the whole text is trained."
-        return Detection("text", "certain", why, [], {"text": "{text}"})
+        if not any(map(layouts.looks_like_turns, texts)):
+            return Detection("text", "certain", why, [], {"text": "{text}"})
+        why = "A text column that looks like questions and answers, but in no known layout: all of it is trained."
+        return Detection("text", "likely", why, ["questions and answers"], {"text": "{text}"})
     if len(seen) > 1 or plain:
         names = " and ".join(sorted(seen)) + (" and no layout" if plain else "")
         options = [{"text": "{text}", "layout": name} for name in sorted(seen)] + [{"text": "{text}"}]
@@ -156,17 +166,54 @@ def listed(columns: Sequence[str]) -> str:
 
 
 def _mapping_hint(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> str:
+    made = suggest(columns, sample)
+    lists = [name for name in columns if any(_objects(row.get(name)) for row in sample)]
+    if made is None and lists:
+        name = lists[0][:_NAME]
+        form = {"messages": name, "role": "KEY OF THE SPEAKER", "content": "KEY OF THE TEXT"} | _ROLES_FORM
+        return (
+            f'If "{name}" holds the rows of the file, upload that list alone. If it holds messages, say in a mapping '
+            f"how they are written, in this form: {json.dumps(form)}"
+        )
     hint = "Say in a mapping which columns play which part"
-    example = json.dumps(suggest(columns, sample) or _FORM)
+    example = json.dumps(made or _FORM)
     return f"{hint}, for example {example}" if len(example) <= _EXAMPLE else f"{hint}."
 
 
 def suggest(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> Mapping | None:
-    """A mapping that most likely fits; None where the columns do not say which of them is the answer."""
+    """A mapping that most likely fits, and reads some of these rows; None where the columns do not say the answer."""
     for name in columns:
-        items = next((row[name] for row in sample if isinstance(row.get(name), list) and row[name]), None)
-        if items and isinstance(items[0], dict):
-            return _list_mapping(name, items)
+        items = next((row[name] for row in sample if _objects(row.get(name))), None)
+        if items and (made := _readable(_list_mapping(name, items), columns, sample)):
+            return made
+    return _readable(_table_mapping(columns, sample), columns, sample)
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _readable(
+    made: Mapping | None, columns: Sequence[str], sample: Sequence[dict[str, Any]]
+) -> Mapping | None:
+    """The mapping, if it reads any row: nobody is told to use one that is refused."""
+    if made is None:
+        return None
+    try:
+        mappings.check(made, columns)
+    except BadRequest:
+        return None
+    read = reader("mapping", made)
+    for row in sample:
+        try:
+            read(row)
+        except RowError:
+            continue
+        return made
+    return None
+
+
+def _table_mapping(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> Mapping | None:
     lower = {name.lower(): name for name in reversed(columns)}
     answer = next((lower[name] for name in _ANSWERS if name in lower), None)
     if columns and (len(columns) == 1 or (answer is None and "text" in lower)):
@@ -175,25 +222,30 @@ def suggest(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> Mapping
         answer = columns[1]  # a table of two: first what is asked, then what is answered
     if answer is None:
         return None
-    texts = [n for n in columns if n != answer and any(isinstance(row.get(n), str) for row in sample)]
+    texts = [
+        name
+        for name in columns
+        if name not in (answer, "system") and any(isinstance(row.get(name), str) for row in sample)
+    ]
     question = next((lower[name] for name in _QUESTIONS if name in lower and lower[name] != answer), None)
     context = next((lower[n] for n in _CONTEXTS if n in lower and lower[n] not in (answer, question)), None)
     asked = [name for name in (context, question) if name] if question else texts
     if not asked:
         return None
-    return {
-        "messages": [
-            {"role": "user", "content": "\n\n".join(f"{{{name}}}" for name in asked)},
-            {"role": "assistant", "content": f"{{{answer}}}"},
-        ]
-    }
+    turns = [
+        {"role": "user", "content": "\n\n".join(f"{{{name}}}" for name in asked)},
+        {"role": "assistant", "content": f"{{{answer}}}"},
+    ]
+    if any(row.get("system") for row in sample):
+        turns.insert(0, {"role": "system", "content": "{system}"})
+    return {"messages": turns}
 
 
 def _list_mapping(column: str, items: list[Any]) -> Mapping:
     keys = list(items[0])
     role = next((key for key in ("role", "from", "speaker", "author") if key in keys), "role")
     content = next((key for key in ("content", "value", "text", "message") if key in keys), "content")
-    names = {str(item.get(role)) for item in items if isinstance(item, dict)}
+    names = list(dict.fromkeys(str(item.get(role)) for item in items if isinstance(item, dict)))
     roles = {
         "human": "user",
         "gpt": "assistant",
@@ -201,6 +253,8 @@ def _list_mapping(column: str, items: list[Any]) -> Mapping:
         "agent": "assistant",
         "bot": "assistant",
     }
+    if len(names) == 2 and not roles.keys() & names and not OPENAI_ROLES.keys() & names:
+        roles = dict(zip(names, ("user", "assistant"), strict=True))  # two speakers: the first asks
     made: Mapping = {"messages": column, "role": role, "content": content}
     if used := {name: roles[name] for name in sorted(names) if name in roles}:
         made["roles"] = used

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from core.ml.formats.chat import layouts
 from core.ml.formats.chat.example import Conversation, Example
 
 LISTED = 10
@@ -37,15 +38,20 @@ _OTHER_NAMES = "…"
 _CONTENT, _ROLE = itemgetter("content"), itemgetter("role")
 
 _MESSAGES = {
-    "duplicates": "{count} rows repeat an earlier row.",
-    "conflicting_answers": "{count} rows give another answer to a prompt that was there before.",
-    "in_both_files": "{count} rows are also in the other data set: a validation with them proves nothing.",
-    "empty_answers": "{count} rows have an empty answer: they teach to say nothing.",
-    "one_word_answers": "{count} rows have an answer of one word; that is right for labels only.",
-    "ends_with_user": "{count} rows end with a turn that is not the assistant's; what follows the last answer is not trained.",
-    "unanswered_calls": "{count} rows go on after tool calls without their results.",
-    "control_tokens": "{count} rows have control tokens of chat templates in their text; they stay text and begin no turn.",
-    "very_long_rows": f"{{count}} rows are longer than {LONG} characters; see training.overlength.",
+    "duplicates": "Rows that repeat an earlier row: {count}.",
+    "conflicting_answers": "Rows that give another answer to a prompt that was there before: {count}.",
+    "in_both_files": "Rows that are also in the other data set: {count}. A validation with them proves nothing.",
+    "empty_answers": "Rows with an empty answer: {count}. They teach to say nothing.",
+    "one_word_answers": "Rows with an answer of one word: {count}. That is right for labels only.",
+    "ends_with_user": "Rows that end with a turn that is not the assistant's: {count}. "
+    "What follows the last answer is not trained.",
+    "unanswered_calls": "Rows that go on after tool calls without their results: {count}.",
+    "speaker_names": "Rows with names of speakers: {count}. Most chat templates leave these names out.",
+    "looks_like_turns": "Texts that look like questions and answers in no known layout: {count}. "
+    "All of each text is trained, the questions too. To train the answers alone, write the rows as messages.",
+    "control_tokens": "Rows with control tokens of chat templates in their text: {count}. "
+    "They stay text and begin no turn.",
+    "very_long_rows": f"Rows of more than {LONG} characters: {{count}}. See training.overlength.",
     "single_row": "The file has one row only.",
 }
 
@@ -81,6 +87,8 @@ class Findings:
         if isinstance(example, str):
             text, row = example, hash(example)
             prompt, size = row, len(text)
+            if layouts.looks_like_turns(text):
+                self.note("looks_like_turns", line)
         else:
             text, row, prompt = self._conversation(line, example)
             size = len(text) - len(example.turns) + 1  # without the line breaks between turns
@@ -104,6 +112,8 @@ class Findings:
             contents = [turn["content"] + _calls(turn) for turn in turns]
             if any("tool_calls" in turns[i] and role != "tool" for i, role in enumerate(roles[1:])):
                 self.note("unanswered_calls", line)
+            if any("name" in turn and turn["role"] != "tool" for turn in turns):
+                self.note("speaker_names", line)
             tools = json.dumps(example.tools, sort_keys=True)
         last, short = 0, None
         for i, role in enumerate(roles):

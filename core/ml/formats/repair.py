@@ -3,9 +3,8 @@
 Nothing is repaired in silence: a repair is proposed, shown as a diff, and uploaded by who wants it.
 """
 
-import difflib
 import gzip
-import json
+import itertools
 import zlib
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,12 +15,14 @@ from core.errors import BadRequest
 from core.ml.formats import detect, mend, tolerant, validate
 from core.ml.formats.chat.example import RowError
 from core.ml.formats.chat.mapping import Mapping
-from core.ml.formats.chat.rows import Reader, reader
+from core.ml.formats.chat.rows import Format, Reader, reader
+from core.ml.formats.detect import Detection
 from core.ml.formats.files import read
 from core.ml.formats.files.rows import Limits
 from core.ml.formats.findings import Findings
 
 _SHOWN = 5
+_SHOWN_LINES = 40
 _SHOWN_CHARS = 400
 _COLUMN_CHARS = 200
 
@@ -76,7 +77,9 @@ def examine(
         return _of_unreadable(file, target, limits, kind, mapping, failure)
     repair = None
     if report.error_count:
-        repair = _written(file, target, limits, kind, mapping)
+        # Where no row is as the report says, the rows it saw were parts of others.
+        repair = _written(file, target, limits, kind, mapping, report.detection)
+        repair = repair or _written(file, target, limits, kind, mapping)
     elif report.detection:
         mapping = report.detection.mapping
     return Examination(report, report.errors, report.error_count, mapping, report.columns, repair)
@@ -94,7 +97,8 @@ def _of_unreadable(
     proposed, repair = mapping, None
     columns: list[str] = []
     if failure.code in ("unknown_format", "invalid_mapping"):
-        proposed, columns = _suggestion(file, limits)
+        suggested, columns = _suggestion(file, limits)
+        proposed = suggested if mapping is None else None  # another one would hide what is wrong with it
     if failure.code == "unknown_format":
         repair = _written(file, target, limits, kind, proposed)
         if repair is None and mapping != proposed:
@@ -115,15 +119,41 @@ def _of_unreadable(
 
 
 def _written(
-    file: IO[bytes], target: IO[bytes], limits: Limits, kind: str, mapping: Mapping | None
+    file: IO[bytes],
+    target: IO[bytes],
+    limits: Limits,
+    kind: str,
+    mapping: Mapping | None,
+    found: Detection | None = None,
 ) -> Repair | None:
-    """As `write`; None where the file ends before its end, too."""
+    """As `write`; None, too, where nothing says the format, or the file ends before its end."""
     target.seek(0)
     target.truncate()
     try:
-        return write(file, target, limits, kind=kind, mapping=mapping)
+        found = found or _detection(file, limits, kind, mapping)
+        return write(file, target, limits, found) if found else None
     except (BadRequest, EOFError, gzip.BadGzipFile, zlib.error):
         return None  # cut short or too large, beyond the rows that told the format
+
+
+def _detection(file: IO[bytes], limits: Limits, kind: str, mapping: Mapping | None) -> Detection | None:
+    """The format of the first rows that can be read somehow."""
+    sample: list[dict[str, Any]] = []
+    size = 0
+    with closing(tolerant.rows(file, limits)) as rows:
+        for row in rows:
+            if row.values is not None and len(row.values) <= limits.columns:
+                sample.append(row.values)
+                size += len(row.text)
+            if len(sample) == detect.SAMPLE or size > detect.SAMPLE_CHARS:
+                break
+    mended = [mend.row(values, None) for values in sample] if mapping is None else []
+    for values in (sample, mended):
+        try:
+            return validate.decide(kind, mapping, values, list(dict.fromkeys(itertools.chain(*values))))
+        except BadRequest:
+            continue
+    return None
 
 
 def _suggestion(file: IO[bytes], limits: Limits) -> tuple[Mapping | None, list[str]]:
@@ -145,42 +175,39 @@ def _suggestion(file: IO[bytes], limits: Limits) -> tuple[Mapping | None, list[s
     return (mapping if report.error_count < report.rows else None), columns
 
 
-def write(
-    file: IO[bytes], target: IO[bytes], limits: Limits, *, kind: str, mapping: Mapping | None
-) -> Repair | None:
+def write(file: IO[bytes], target: IO[bytes], limits: Limits, found: Detection) -> Repair | None:
     """Write the repaired rows as JSON Lines; None where no row can be read even so."""
-    read_row: Reader | None = None
-    rows = changed = left_out = 0
+    read_row = reader(found.format, found.mapping)
+    count = changed = left_out = 0
     diff: list[str] = []
-    for line, before, values in tolerant.rows(file, limits):
-        mended = None
-        if values is not None and len(values) <= limits.columns:
-            mended = mend.row(values, rename=mapping is None)
-        if mended is not None and read_row is None:
-            read_row = _reader(mended, kind, mapping)
-        if mended is None or read_row is None or not _readable(read_row, mended):
-            left_out += 1
-            after = None
-        else:
-            rows += 1
-            after = strict_json.dumps(mended)
-            target.write(after.encode() + b"\n")
-        if mended is None or after is None or mended != values or not _same(before, mended):
-            changed += after is not None
-            if len(diff) < _SHOWN:
-                diff.append(_difference(line, before, after))
-    return Repair(rows, changed, left_out, "".join(diff)) if rows else None
+    with closing(tolerant.rows(file, limits)) as rows:
+        for row in rows:
+            mended = None
+            if row.values is not None and len(row.values) <= limits.columns:
+                mended = _readable(read_row, row.values, found.format)
+            if mended is None:
+                left_out += 1
+                after = None
+            else:
+                count += 1
+                after = strict_json.dumps(mended)
+                target.write(after.encode() + b"\n")
+            if not row.exact or mended is not row.values:
+                changed += after is not None
+                if len(diff) < _SHOWN:
+                    diff.append(_difference(row.line, row.text, after))
+    return Repair(count, changed, left_out, "".join(diff)) if count else None
 
 
-def _reader(values: dict[str, Any], kind: str, mapping: Mapping | None) -> Reader | None:
-    try:
-        found = validate.decide(kind, mapping, [values], list(values))
-    except BadRequest:
-        return None
-    return reader(found.format, found.mapping)
+def _readable(read_row: Reader, values: dict[str, Any], kind: Format) -> dict[str, Any] | None:
+    """The row as it stands, or else as it may have been meant: a good one is never touched."""
+    if _reads(read_row, values):
+        return values
+    mended = mend.row(values, kind)
+    return mended if _reads(read_row, mended) else None
 
 
-def _readable(read_row: Reader, values: dict[str, Any]) -> bool:
+def _reads(read_row: Reader, values: dict[str, Any]) -> bool:
     try:
         read_row(values)
     except RowError:
@@ -188,14 +215,8 @@ def _readable(read_row: Reader, values: dict[str, Any]) -> bool:
     return True
 
 
-def _same(before: str, values: dict[str, Any]) -> bool:
-    try:
-        return "\n" not in before and bool(json.loads(before) == values)
-    except ValueError:
-        return False
-
-
 def _difference(line: int, before: str, after: str | None) -> str:
-    old = [f"{text[:_SHOWN_CHARS]}\n" for text in before.splitlines()]
-    new = [f"{after[:_SHOWN_CHARS]}\n"] if after is not None else []
-    return f"@@ line {line} @@\n" + "".join(list(difflib.unified_diff(old, new, n=0))[3:])
+    old = before[: _SHOWN_LINES * _SHOWN_CHARS].split("\n")[:_SHOWN_LINES]
+    new = [] if after is None else [after]
+    lines = [*(f"-{text}" for text in old), *(f"+{text}" for text in new)]
+    return f"@@ line {line} @@\n" + "".join(f"{text[: _SHOWN_CHARS + 1]}\n" for text in lines)

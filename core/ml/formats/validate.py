@@ -117,6 +117,7 @@ def _examples(
     sample = [row.values for row in head if row.problem is None]
     read_row: Reader | None = None
     known: frozenset[str] = frozenset()
+    later: set[str] = set()  # columns of the mapping that no row had so far
     for row in itertools.chain(head, rows):
         if row.problem is not None:
             yield row.line, RowError("", *row.problem[:3])
@@ -124,9 +125,18 @@ def _examples(
         if read_row is None:
             sample = sample or [row.values]  # none of the first rows could be read
             report.columns = list(dict.fromkeys(name for values in sample for name in values))
-            found = report.detection = decide(kind, mapping, sample, report.columns)
+            if mapping is None:
+                found = decide(kind, None, sample, report.columns)
+            else:
+                mappings.check_form(mapping)
+                later = mappings.in_braces(mapping).difference(report.columns)
+                found = _of_mapping(mapping)
+            report.detection = found
             read_row = reader(found.format, found.mapping)
             known = _known_columns(found)
+        if later:
+            report.columns += later.intersection(row.values)
+            later.difference_update(row.values)
         try:
             example = read_row(row.values)
         except RowError as error:
@@ -135,6 +145,8 @@ def _examples(
         if not known.issuperset(row.values) or (type(example) is Conversation and example.unread):
             _note_unread(row, example, known, findings)
         yield row.line, example
+    if read_row is not None and mapping is not None:
+        mappings.check(mapping, report.columns)
 
 
 def first_rows(rows: Iterator[Row]) -> list[Row]:
@@ -160,7 +172,7 @@ def _note_unread(row: Row, example: Example, known: frozenset[str], findings: Fi
 
 def _known_columns(detection: Detection) -> frozenset[str]:
     if detection.mapping is not None:
-        return frozenset(mappings.columns_of(detection.mapping))
+        return mappings.columns_of(detection.mapping)
     return COLUMNS[detection.format]
 
 
@@ -168,7 +180,7 @@ def decide(kind: str, mapping: Mapping | None, sample: list[dict[str, Any]], col
     """The format of rows with these columns; raises as `detect.detect` and `mapping.check`."""
     if mapping is not None:
         mappings.check(mapping, columns)
-        return Detection("mapping", "certain", "The mapping of the request.", [], mapping)
+        return _of_mapping(mapping)
     if kind == "auto":
         return detect.detect(sample)
     if kind == "text":
@@ -177,6 +189,10 @@ def decide(kind: str, mapping: Mapping | None, sample: list[dict[str, Any]], col
         raise _no_mapping()
     chosen = next(known for known in FORMATS if known == kind)
     return Detection(chosen, "certain", "The format of the request.")
+
+
+def _of_mapping(mapping: Mapping) -> Detection:
+    return Detection("mapping", "certain", "The mapping of the request.", [], mapping)
 
 
 def conversations(file: IO[bytes], how: Reading) -> Iterator[tuple[int, Example]]:

@@ -70,6 +70,20 @@ def test_columns_that_fit_two_formats_are_not_guessed() -> None:
             [{"chat": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}],
             [("user", "Hi"), ("assistant", "Hello")],
         ),
+        (
+            [{"talk": [{"speaker": "A", "text": "Hi"}, {"speaker": "B", "text": "Hello"}]}],
+            [("user", "Hi"), ("assistant", "Hello")],
+        ),
+        ([{"question:en": "Hi", "answer": "Hello"}], [("user", "Hi"), ("assistant", "Hello")]),
+        ([{"i[0]": "Hi", "$price": "Hello"}], [("user", "Hi"), ("assistant", "Hello")]),
+        (
+            [{"question": "Hi", "answer": "Hello", "system": "Be kind."}],
+            [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello")],
+        ),
+        (
+            [{"question": "Hi", "sources": [{"url": "x"}], "answer": "Hello"}],
+            [("user", "Hi"), ("assistant", "Hello")],
+        ),
     ],
 )
 def test_other_columns_get_a_suggestion_that_works(rows: list[dict[str, Any]], example: Any) -> None:
@@ -144,3 +158,53 @@ def test_where_no_column_says_that_it_is_the_answer_none_is_proposed(row: dict[s
     with pytest.raises(BadRequest, match="no format") as caught:
         detect.detect([row])
     assert "COLUMN OF THE ANSWER" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"rows": [{"prompt": "a", "completion": "b"}]}, "rows"),
+        ({"version": 1, "data": [{"question": "a", "answer": "b"}]}, "data"),
+        ({"talk": [{"speaker": name, "text": "Hi"} for name in "ABC"]}, "talk"),
+    ],
+)
+def test_a_list_that_is_no_conversation_gets_no_mapping_but_words(row: dict[str, Any], name: str) -> None:
+    assert detect.suggest(list(row), [row]) is None
+    with pytest.raises(BadRequest, match="no format") as caught:
+        detect.detect([row])
+    assert f'If "{name}" holds the rows of the file, upload that list alone.' in str(caught.value.hint)
+    assert "NAME OF WHO ANSWERS" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "a", '"answer"': "b"},
+        {"two\nlines": "a", "answer": "b"},
+        {"question": "a", "answer": "b", "weight": 0},
+        {"question": "a", "answer": ["b"]},
+    ],
+)
+def test_a_mapping_that_would_be_refused_is_not_proposed(row: dict[str, Any]) -> None:
+    assert detect.suggest(list(row), [row]) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"messages": CHAT, "prompt": None, "completion": None}, "messages"),
+        ({"messages": CHAT, "prompt": "", "completion": ""}, "messages"),
+        ({"messages": None, "conversations": CHAT}, "sharegpt"),
+        ({"prompt": "a", "completion": None}, "prompt_completion"),
+    ],
+)
+def test_a_column_without_values_is_no_sign_of_a_format(row: dict[str, Any], kind: str) -> None:
+    assert detect.detect([row, row]).format == kind
+    with pytest.raises(BadRequest, match="more than one format"):
+        detect.detect([{"messages": CHAT, "prompt": None, "completion": "b"}, {"prompt": "a"}])
+
+
+def test_a_text_that_looks_like_turns_in_no_known_layout_is_not_certain() -> None:
+    found = detect.detect([{"text": "once"}, {"text": "### Question:\nHi\n### Answer:\nHello"}])
+    assert (found.format, found.confidence, found.mapping) == ("text", "likely", {"text": "{text}"})
+    assert "all of it is trained" in found.why

@@ -22,7 +22,7 @@ def test_duplicates_are_counted_and_their_first_lines_named() -> None:
     assert report.warnings == [
         {
             "code": "duplicates",
-            "message": "13 rows repeat an earlier row.",
+            "message": "Rows that repeat an earlier row: 13.",
             "count": 13,
             "lines": list(range(4, 14)),
         }
@@ -205,3 +205,24 @@ def test_rows_of_another_file_are_told() -> None:
         "in_both_files": [2, 3],
     }
     assert Findings().warnings(other) == []
+
+
+def test_names_of_speakers_are_told_once() -> None:
+    named = {"messages": [{**USER, "name": "Ann"}, {**ASSISTANT, "name": "Bob"}]}
+    calls = {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}
+    result = {"role": "tool", "name": "look", "content": "found"}
+    report = inspect(named, {"messages": [USER, calls, result, ASSISTANT]}, {"messages": [USER, ASSISTANT]})
+    assert codes(report) == {"speaker_names": 1}
+    assert warning(report, "speaker_names")["lines"] == [1]
+
+
+def test_texts_that_look_like_turns_are_told() -> None:
+    rows = [
+        {"text": "once upon a time"},
+        {"text": "### Question: Hi\n### Answer: Hello"},
+        {"text": "Q: a\nA: b"},
+    ]
+    report = inspect(*rows)
+    assert codes(report) == {"looks_like_turns": 2}
+    assert warning(report, "looks_like_turns")["lines"] == [2, 3]
+    assert "the questions too" in warning(report, "looks_like_turns")["message"]

@@ -74,6 +74,31 @@ def test_an_object_that_goes_on_in_the_next_line_is_told_so() -> None:
     assert "goes on in the next line" in (found[0].problem.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("data", "line", "words", "hint"),
+    [
+        (GOOD + b"\n\xef\xbb\xbf" + GOOD, 2, "byte order mark", "Remove it"),
+        (GOOD + b"\r" + GOOD + b"\r", 1, "CR alone", "LF or CRLF"),
+    ],
+)
+def test_what_joining_and_old_programs_leave_in_a_file_is_named(
+    data: bytes, line: int, words: str, hint: str
+) -> None:
+    found = lines(data)[-1]
+    assert found.problem is not None
+    assert (found.line, found.problem.code) == (line, "invalid_json")
+    assert words in found.problem.message
+    assert hint in (found.problem.hint or "")
+
+
+def test_byte_order_marks_before_the_first_row_are_passed_over() -> None:
+    marks = b"\xef\xbb\xbf" * 2
+    good = [json.loads(GOOD)]
+    assert [row.values for row in lines(marks + GOOD)] == good
+    assert [row.values for row in array(marks + b"[" + GOOD + b"]")] == good
+    assert [row.values for row in rows_of(marks + b"prompt,completion\na,b\n", "csv")] == good
+
+
 @pytest.mark.parametrize("opening", [b"[", b'{"a":'])
 def test_five_thousand_levels_of_nesting_are_one_broken_line(opening: bytes) -> None:
     closing = b"]" if opening == b"[" else b"}"

@@ -1,5 +1,7 @@
 """The mapping of a table: what is one, and the rows that it makes."""
 
+import contextlib
+import time
 from typing import Any
 
 import pytest
@@ -148,7 +150,7 @@ def test_a_mapped_row_that_does_not_fit_is_refused(
         (turns("{q} {{no}}", "{a}"), {"q", "a"}),
         ({"prompt": "{q}", "completion": "{é}"}, {"q", "é"}),
         ({"text": "{t}", "layout": "alpaca"}, {"t"}),
-        ({"messages": "{talk}"}, {"talk", "tools", "functions"}),
+        ({"messages": "{talk}"}, {"talk", "tools", "functions", "system"}),
     ],
 )
 def test_the_columns_of_a_mapping_are_known(how: dict[str, Any], columns: set[str]) -> None:
@@ -160,3 +162,77 @@ def test_a_place_with_spaces_is_refused_not_taken_as_text() -> None:
         with pytest.raises(BadRequest, match=r"no place of a column|does not have"):
             mappings.check({"prompt": place, "completion": "{a}"}, ["q", "a"])
     mappings.check({"prompt": "{ x } {q}", "completion": "{a}"}, ["q", "a"])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        "question:en",
+        "$price",
+        "i[0]",
+        "cost ($)",
+        "a:b",
+        "What's it?",
+        "100 %",
+        "a|b",
+        "q\u00a0x",
+        "a,b=c;d",
+    ],
+)
+def test_any_column_is_read_by_its_name(column: str) -> None:
+    how = {"prompt": f"Say {{{column}}} 5 %", "completion": f"{{{column}}}"}
+    assert read(how, {column: "x"}) == [("user", "Say x 5 %"), ("assistant", "x")]
+    assert read({**how, "prompt": f"{{{{{column}}}}}"}, {column: "x"})[0] == ("user", f"{{{column}}}")
+
+
+@pytest.mark.parametrize("column", [' "q"', '"q"', "'q'", "two\nlines", " q", "q{ x}", "{ q"])
+def test_a_column_that_no_place_can_name_is_refused_not_left_as_text(column: str) -> None:
+    with pytest.raises(BadRequest, match="would stay as it stands") as caught:
+        mappings.check({"prompt": f"{{{column}}}", "completion": "{a}"}, [column, "a"])
+    assert caught.value.hint == "Rename the column."
+
+
+def test_a_place_of_no_column_is_refused_whatever_its_name() -> None:
+    with pytest.raises(BadRequest, match='"question:en"') as caught:
+        mappings.check(turns("{question:en}", "{a}"), ["question_en", "a"])
+    assert 'Did you mean "question_en"? Write {{question:en}} for literal braces.' in str(caught.value.hint)
+
+
+def test_a_column_in_other_letters_is_meant() -> None:
+    with pytest.raises(BadRequest) as caught:
+        mappings.check(turns("{q}", "{A}"), ["q", "a"])
+    assert 'Did you mean "a"?' in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" + " " * 100_000,
+        "{ " * 50_000,
+        "{" * 100_000,
+        "{ a" * 33_000,
+        "{{a" * 33_000,
+        "{" + "a" * 99_998 + "}",
+    ],
+)
+def test_no_mapping_takes_more_than_linear_time(text: str) -> None:
+    how = {"prompt": text, "completion": "{b}"}
+    began = time.process_time()
+    with contextlib.suppress(BadRequest):
+        mappings.check(how, ["b", "x" * 100_000])
+        mappings.reader(how)({"b": "x"})
+    assert time.process_time() - began < 2
+
+
+def test_a_list_mapping_reads_the_system_column() -> None:
+    row = {"m": [USER, ASSISTANT], "system": "Be kind."}
+    assert read({"messages": "m"}, row)[0] == ("system", "Be kind.")
+    assert read({"messages": "m"}, {**row, "system": ""})[0] == ("user", "Hi")
+
+
+@pytest.mark.parametrize(
+    ("value", "word"), [({}, "an object"), ([], "an array"), (float("inf"), "a number"), ([1], "an array")]
+)
+def test_what_is_no_text_is_called_as_json_calls_it(value: Any, word: str) -> None:
+    with pytest.raises(RowError, match=f'"q" is {word}, not text'):
+        mappings.reader(turns("{q}", "{a}"))({"q": value, "a": "x"})

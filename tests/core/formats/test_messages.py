@@ -14,6 +14,7 @@ CALL = {"id": "a", "type": "function", "function": FUNCTION}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 BOTH = {"role": "assistant", "tool_calls": [CALL, {**CALL, "id": "b"}]}
 RESULT = {"role": "tool", "content": "found", "tool_call_id": "a"}
+UNNAMED = {"role": "tool", "content": "found"}
 
 
 def read(items: Any, keys: messages.Keys = messages.OPENAI) -> Conversation:
@@ -49,6 +50,9 @@ def read(items: Any, keys: messages.Keys = messages.OPENAI) -> Conversation:
         ([USER, ASSISTANT, RESULT], "messages[2]", "tool_without_call"),
         ([USER, CALLS, {**RESULT, "tool_call_id": "b"}], "messages[2].tool_call_id", "tool_without_call"),
         ([USER, CALLS, RESULT, RESULT], "messages[3].tool_call_id", "tool_without_call"),
+        ([USER, CALLS, UNNAMED, UNNAMED], "messages[3]", "tool_without_call"),
+        ([USER, CALLS, {**UNNAMED, "name": "find"}], "messages[2].name", "tool_without_call"),
+        ([USER, BOTH, *[{**UNNAMED, "name": "look"}] * 3], "messages[4].name", "tool_without_call"),
         ([USER, BOTH, {**RESULT, "tool_call_id": "b"}], "messages[1].tool_calls[0]", "missing_result"),
         ([USER, BOTH, RESULT, USER], "messages[1].tool_calls[1]", "missing_result"),
         ([USER, {**CALLS, "tool_calls": [CALL, CALL]}], "messages[1].tool_calls[1].id", "invalid_tool_call"),
@@ -154,8 +158,8 @@ def test_legacy_function_calls_are_calls() -> None:
 
 def test_results_without_an_id_answer_the_calls_in_order() -> None:
     result = {"role": "tool", "content": "x"}
-    made = read([USER, BOTH, result, result, result])
-    assert [turn["tool_call_id"] for turn in made.turns[2:]] == ["a", "b", "b"]
+    made = read([USER, BOTH, result, result])
+    assert [turn["tool_call_id"] for turn in made.turns[2:]] == ["a", "b"]
     made = read([USER, BOTH, {**result, "tool_call_id": "b"}, result])
     assert [turn["tool_call_id"] for turn in made.turns[2:]] == ["a", "b"]
 
@@ -182,3 +186,60 @@ def test_sharegpt_calls_are_calls() -> None:
     with pytest.raises(RowError) as caught:
         read(items, messages.SHAREGPT)
     assert (caught.value.field, caught.value.code) == ("conversations[1].value", "invalid_json")
+
+
+def test_results_without_an_id_answer_the_call_of_their_name() -> None:
+    calls = [{"function": {"name": name, "arguments": "{}"}} for name in ("weather", "clock", "weather")]
+    results = [
+        {"role": "tool", "name": name, "content": text}
+        for name, text in (("clock", "noon"), ("weather", "sun"), ("weather", "rain"))
+    ]
+    made = read([USER, {"role": "assistant", "tool_calls": calls}, *results, ASSISTANT])
+    assert [turn["content"] for turn in made.turns[2:5]] == ["sun", "noon", "rain"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": "a", "name": "f", "args": {"x": 1}},
+        {"function": {"name": "f", "parameters": {"x": 1}}},
+        {"function": {"name": "f"}, "arguments": {"x": 1}},
+        {"function": {"name": "f"}, "input": "x"},
+    ],
+)
+def test_arguments_under_another_name_are_refused(call: dict[str, Any]) -> None:
+    other = next(
+        name for name in ("args", "parameters", "arguments", "input") if f'"{name}"' in json.dumps(call)
+    )
+    for item in ({"tool_calls": [call]}, {"function_call": call}):
+        with pytest.raises(RowError, match=f'has "{other}", but its function has no "arguments"') as caught:
+            read([USER, {"role": "assistant"} | item])
+        assert (caught.value.field, caught.value.code) == ("messages[1].tool_calls[0]", "invalid_tool_call")
+    sharegpt = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": json.dumps(call)}]
+    with pytest.raises(RowError, match=f'"{other}"'):
+        read(sharegpt, messages.SHAREGPT)
+
+
+def test_other_fields_of_a_call_and_of_a_text_part_are_told() -> None:
+    call = {**CALL, "index": 0, "note": "x", "function": {**FUNCTION, "parameters": {"y": 1}, "none": None}}
+    part = {"type": "text", "text": "a", "image_url": "x"}
+    made = read([{"role": "user", "content": [part]}, {"role": "assistant", "tool_calls": [call]}])
+    assert made.unread == {
+        "messages[].tool_calls[].note",
+        "messages[].tool_calls[].parameters",
+        "messages[].content[].image_url",
+    }
+    value = {"name": "f", "arguments": {}, "thought": "x"}
+    told = read(
+        [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": value}], messages.SHAREGPT
+    )
+    assert told.unread == {"conversations[].value[].thought"}
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [({"a": 1}, "an object"), ([[1]], "an array"), (True, "a boolean"), (1.5, "a number")],
+)
+def test_a_content_that_is_no_text_is_called_as_json_calls_it(content: Any, word: str) -> None:
+    with pytest.raises(RowError, match=f"is {word}"):
+        read([{"role": "user", "content": content}, ASSISTANT])

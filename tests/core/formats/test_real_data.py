@@ -58,7 +58,8 @@ def test_real_data_sets_are_read_without_an_error(
     assert report.detection is not None
     assert (report.rows, report.error_count) == (rows, 0)
     assert (report.detection.format, report.detection.as_dict()["layout"]) == (format_, layout)
-    assert report.detection.confidence == "certain"
+    looks_like_turns = name.startswith("wikisql_text")  # "Q: …" and "A: …", which is no known layout
+    assert report.detection.confidence == ("likely" if looks_like_turns else "certain")
     made = examples(shared_data / name, report)
     assert len(made) == rows
     for example in made:

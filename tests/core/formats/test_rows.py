@@ -1,5 +1,6 @@
 """Rows of the known formats to conversations, and what is wrong with those that become none."""
 
+import json
 from typing import Any
 
 import pytest
@@ -32,7 +33,11 @@ def read(kind: Format, row: dict[str, Any]) -> Conversation:
         ),
         ("prompt_completion", {"prompt": "Hi", "completion": "Hello there"}),
         ("prompt_completion", {"prompt": [USER], "completion": [ASSISTANT]}),
+        ("prompt_completion", {"prompt": json.dumps([USER]), "completion": f" {json.dumps([ASSISTANT])}"}),
         ("alpaca", {"instruction": "Hi", "output": "Hello there"}),
+        ("alpaca", {"instruction": "Hi", "input": " \n", "output": "Hello there"}),
+        ("alpaca", {"instruction": "Hi", "input": "<noinput>", "output": "Hello there"}),
+        ("alpaca", {"instruction": "", "input": "Hi", "output": "Hello there"}),
         ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello there"}),
         ("alpaca", {"instruction": "Hi", "input": None, "output": "Hello there", "history": []}),
         ("sharegpt", {"conversations": SHAREGPT}),
@@ -167,3 +172,82 @@ def test_a_weight_of_a_row_is_refused_even_if_it_is_zero() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(RowError, match="weight"):
         reader("messages", None)({"messages": turns, "weight": 0})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("[1, 2]", "[3]"),
+        ("[not JSON", "[at all"),
+        ("Write it as messages", json.dumps([ASSISTANT])),
+        (json.dumps([USER]), "[]"),
+        ('[{"a": 1}]', '[{"b": 1}]'),
+    ],
+)
+def test_texts_that_are_not_both_lists_of_messages_stay_texts(prompt: str, completion: str) -> None:
+    made = read("prompt_completion", {"prompt": prompt, "completion": completion})
+    assert [turn["content"] for turn in made.turns] == [prompt, completion]
+
+
+def call(name: str) -> dict[str, Any]:
+    return {"id": name, "function": {"name": name, "arguments": "{}"}}
+
+
+def test_a_completion_may_begin_with_the_results_of_the_prompts_calls() -> None:
+    calls = {"role": "assistant", "content": None, "tool_calls": [call("a"), call("b")]}
+    of_a, of_b = ({"role": "tool", "content": f"of {name}", "tool_call_id": name} for name in "ab")
+    made = read("prompt_completion", {"prompt": [USER, calls], "completion": [of_b, of_a, ASSISTANT]})
+    assert [turn["content"] for turn in made.turns] == ["Hi", "", "of a", "of b", "Hello there"]
+    assert made.untrained == {1}
+    with pytest.raises(RowError) as caught:
+        read("prompt_completion", {"prompt": [USER, calls, of_a], "completion": [ASSISTANT]})
+    assert (caught.value.field, caught.value.code) == ("prompt[1].tool_calls[1]", "missing_result")
+    with pytest.raises(RowError) as caught:
+        read("prompt_completion", {"prompt": [USER], "completion": [calls, of_b, ASSISTANT]})
+    assert caught.value.field == "completion[0].tool_calls[0]"
+
+
+TURNS = [{"role": "user", "content": "{q}"}, {"role": "assistant", "content": "{a}"}]
+
+
+@pytest.mark.parametrize(
+    ("how", "row", "way_out"),
+    [
+        ({"prompt": "{q}", "completion": "{a}"}, {"q": "x", "a": "y", "system": "s"}, "Put {system} into"),
+        ({"messages": TURNS}, {"q": "x", "a": "y", "history": "s"}, "Put {history} into"),
+        ({"messages": TURNS}, {"q": "x", "a": "y", "weight": 0}, "Leave out the rows"),
+        ({"messages": "m"}, {"m": [USER, ASSISTANT], "history": [["a", "b"]]}, "Remove the column"),
+        (
+            {"messages": "m", "roles": {"bot": "assistant"}},
+            {"m": [USER, ASSISTANT], "weight": 0},
+            "Leave out",
+        ),
+        ({"text": "{text}"}, {"text": "x", "weight": 0}, "Leave out the rows"),
+        ({"text": "{text}"}, {"text": "x", "tools": "y"}, "Put {tools} into"),
+    ],
+)
+def test_what_would_change_the_training_is_refused_where_a_mapping_passes_it_over(
+    how: dict[str, Any], row: dict[str, Any], way_out: str
+) -> None:
+    with pytest.raises(RowError, match="which would be ignored") as caught:
+        reader("mapping", how)(row)
+    assert caught.value.code == "unknown_field"
+    assert way_out in str(caught.value.hint)
+
+
+def test_the_way_out_for_a_system_beside_messages_works() -> None:
+    row = {"messages": [USER, ASSISTANT], "system": "Be kind."}
+    with pytest.raises(RowError) as caught:
+        read("messages", row)
+    hint = str(caught.value.hint)
+    mapping = json.loads(hint[hint.index("{") : hint.index("}") + 1])
+    made = reader("mapping", mapping)(row)
+    assert isinstance(made, Conversation)
+    assert made.turns == [SYSTEM, *CONVERSATION]
+
+
+def test_a_mapping_that_names_such_a_column_reads_it() -> None:
+    how = {"prompt": "{q} {history}", "completion": "{a}"}
+    made = reader("mapping", how)({"q": "x", "a": "y", "history": "past"})
+    assert isinstance(made, Conversation)
+    assert made.turns[0]["content"] == "x past"

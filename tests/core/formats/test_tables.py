@@ -10,6 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from core.errors import BadRequest
+from core.ml.formats import repair, validate
 from core.ml.formats.files import tables
 from core.ml.formats.files.rows import Limits, Row
 from tests.core.formats.given import LIMIT, problems, read_all, rows_of
@@ -58,6 +59,32 @@ def test_the_header_says_the_separator(mark: str) -> None:
 )
 def test_csv_header_names_each_column_once(header: bytes) -> None:
     assert problems(table(header + b"\n1,2,3\n", limit=100_000)) == [(1, "invalid_header")]
+
+
+@pytest.mark.parametrize(
+    ("header", "words", "hint"),
+    [
+        (b",question,answer", "Column 1 of the header has no name", "index=False"),
+        (b"sep=;\nquestion;answer", "Excel", "Remove it"),
+        (b"question,note;answer", '"," and ";"', "double quotes"),
+        (b"'question','answer'", "'question'", "double quotes"),
+        (b'question, "the answer"', "the answer", "space"),
+    ],
+)
+def test_a_header_that_cannot_be_told_says_what_to_do(header: bytes, words: str, hint: str) -> None:
+    (found,) = read_all(header + b"\n1,2,3\n")
+    assert found.problem is not None
+    assert found.problem.code == "invalid_header"
+    assert words in found.problem.message
+    assert hint in (found.problem.hint or "")
+
+
+def test_a_space_before_a_quotation_mark_is_an_error_and_a_quoted_one_is_text() -> None:
+    found = table(b'a,b\nx, "an answer"\n" x"," ""yes"""\n "x",y\n"1\n2", "z"\n')
+    assert problems(found) == [(2, "invalid_csv"), (4, "invalid_csv"), (5, "invalid_csv")]
+    assert found[0].problem is not None
+    assert 'Column "b" has a space before its quotation mark' in found[0].problem.message
+    assert found[1].values == {"a": " x", "b": ' "yes"'}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +164,45 @@ def test_a_parquet_row_that_is_refused_does_not_end_the_file(value: Any, code: s
     found = read_all(packed({"text": [empty, value, empty]}), Limits(line_bytes=1000, depth=4))
     assert problems(found) == [(2, code)]
     assert len(found) == 3
+
+
+def one_name_twice() -> Any:
+    return pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], names=["a", "a"])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pytest.param(lambda: pa.array([1, 2**62], pa.timestamp("us")), id="timestamp"),
+        pytest.param(lambda: pa.array([1, 2**30], pa.date32()), id="date"),
+        pytest.param(lambda: pa.array([1, 2**60], pa.time64("us")), id="time"),
+        pytest.param(lambda: pa.array([1, 2**62], pa.duration("s")), id="duration"),
+        pytest.param(lambda: pa.array([1, 1], pa.timestamp("us", tz="Mars/Olympus")), id="time zone"),
+        pytest.param(one_name_twice, id="a field twice"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_an_error_only_where_somebody_reads_it(column: Any) -> None:
+    data = packed({"prompt": ["a", "b"], "completion": ["c", "d"], "odd": column()})
+    unread = validate.inspect(io.BytesIO(data))
+    assert (unread.rows, unread.error_count) == (2, 0)
+    read = validate.inspect(io.BytesIO(data), mapping={"prompt": "{prompt}", "completion": "{odd}"})
+    assert read.error_count >= 1
+    assert read.errors[-1]["row"] == 2
+    assert '"odd" is' in read.errors[-1]["message"]
+    target = io.BytesIO()
+    bad = packed({"prompt": ["a", "b"], "completion": [None, "d"], "odd": column()})
+    found = repair.examine(io.BytesIO(bad), target, kind="auto", mapping=None, filename="", limits=Limits())
+    assert found.repair is not None
+    assert b'"prompt": "b"' in target.getvalue()
+
+
+def test_nanoseconds_are_read() -> None:
+    moments = pa.array([10**18, 10**18 + 1], pa.timestamp("ns"))
+    found = read_all(packed({"at": moments}))
+    assert [row.values for row in found] == [
+        {"at": "2001-09-09 01:46:40"},
+        {"at": "2001-09-09 01:46:40.000000001"},
+    ]
 
 
 def refused(data: bytes, limits: Limits | None = None) -> BadRequest:

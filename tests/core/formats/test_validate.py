@@ -1,6 +1,7 @@
 """A whole file in one pass: what is counted, what is listed, and how it is read again."""
 
 import io
+import json
 from typing import Any
 
 import pytest
@@ -179,3 +180,48 @@ def test_format_text_takes_a_mapping_of_a_text_only() -> None:
         inspect(pair("a"), kind="text", mapping={"prompt": "{prompt}", "completion": "{completion}"})
     assert caught.value.code == "invalid_mapping"
     assert inspect({"body": "a b"}, kind="text", mapping={"text": "{body}"}).rows == 1
+
+
+LATE = {"prompt": "{a} {c}", "completion": "{b}"}
+
+
+def test_a_column_that_only_later_rows_have_is_in_the_file() -> None:
+    rows = [{"a": f"row {i}", "b": "x y"} for i in range(100)]
+    report = inspect(*rows, {"a": "1", "b": "x y", "c": "2"}, mapping=LATE)
+    assert report.columns == ["a", "b", "c"]
+    assert (report.error_count, report.errors[0]["line"], report.errors[0]["code"]) == (
+        100,
+        1,
+        "missing_field",
+    )
+    assert report.errors[0]["message"] == 'The row has no "c".'
+    with pytest.raises(BadRequest, match='names the column "c", which the file does not have'):
+        inspect(*rows, mapping=LATE)
+
+
+def test_a_name_that_only_a_later_row_shows_to_be_a_column_is_not_left_as_text() -> None:
+    mapping = {"prompt": 'Say { c} and {"d": 1}', "completion": "{b}"}
+    rows = [{"b": f"x y {i}"} for i in range(100)]
+    assert inspect(*rows, {"b": "z"}, mapping=mapping).error_count == 0
+    with pytest.raises(BadRequest, match="no place of a column"):
+        inspect(*rows, {"b": "z", "c": "2"}, mapping=mapping)
+
+
+def test_strange_columns_are_read_again_as_they_were_checked() -> None:
+    data = b"question:en,$answer\nHi {x},Hello there\nHo,Hello again\n"
+    with pytest.raises(BadRequest) as caught:
+        validate.inspect(io.BytesIO(data))
+    mapping = json.loads(str(caught.value.hint).partition("for example ")[2])
+    report = validate.inspect(io.BytesIO(data), mapping=mapping)
+    assert report.error_count == 0
+    how = Reading("csv", False, "mapping", mapping)
+    examples = [example for _, example in validate.conversations(io.BytesIO(data), how)]
+    assert [[turn["content"] for turn in example.turns] for example in examples] == [
+        ["Hi {x}", "Hello there"],
+        ["Ho", "Hello again"],
+    ]
+
+
+def test_a_weight_beside_a_text_refuses_the_row() -> None:
+    report = inspect({"text": "a b"}, {"text": "c d", "weight": 0}, kind="text")
+    assert [(error["line"], error["code"]) for error in report.errors] == [(2, "unknown_field")]

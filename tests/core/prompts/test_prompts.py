@@ -63,6 +63,13 @@ def test_every_assistant_turn_is_trained_to_its_end_and_nothing_else(contract: C
     assert prompts.ends_trained(contract, encoded)
 
 
+def test_loss_on_completion_trains_no_earlier_answer_instead(contract: Contract) -> None:
+    last = len(TALK) - 1 - [turn["role"] for turn in reversed(TALK)].index("assistant")
+    with pytest.raises(BadRequest) as caught:
+        prompts.encode(contract, Conversation(TALK, untrained=frozenset([last])), loss_on="completion")
+    assert caught.value.code == "nothing_trained"
+
+
 def test_loss_on_completion_trains_the_last_answer_alone(contract: Contract) -> None:
     encoded = prompts.encode(contract, Conversation(TALK), loss_on="completion")
     assert trained_spans(contract, encoded) == ["Au revoir, été.<|im_end|>\n"]

@@ -1,14 +1,20 @@
 """Tool calls, tools and tool results, in the one form that chat templates take."""
 
 import itertools
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from core.ml.formats.chat.example import RowError, Turn, parsed
 
+# The fields of a call, and of its function. What streams of answers add says nothing.
+_CALL = {"id", "type", "function", "index"}
+_FUNCTION = {"name", "arguments"}
+_INDEX = re.compile(r"\[\d+\]")
 
-def tool_calls(where: str, value: Any, before: list[Turn]) -> list[dict[str, Any]]:
-    """Tool calls in transformers' form, the arguments as an object."""
+
+def tool_calls(where: str, value: Any, before: list[Turn], unread: set[str]) -> list[dict[str, Any]]:
+    """Tool calls in transformers' form, the arguments as an object; names of other fields go into `unread`."""
     if not isinstance(value, list):
         raise RowError(where, "invalid_tool_call", f"{where} must be a list of calls.")
     number = sum(len(turn.get("tool_calls", ())) for turn in before)
@@ -22,6 +28,7 @@ def tool_calls(where: str, value: Any, before: list[Turn]) -> list[dict[str, Any
             or not function["name"]
         ):
             raise RowError(here, "invalid_tool_call", f"{here} must name a function.")
+        _note_unread(here, call, function, unread)
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = parsed(arguments or "{}", f"{here}.function.arguments")
@@ -44,39 +51,60 @@ def tool_calls(where: str, value: Any, before: list[Turn]) -> list[dict[str, Any
     return made
 
 
-def answered_call(where: str, call_id: Any, before: list[Turn]) -> str:
-    """The id of the call that a tool's turn answers: the one it names, or the next that is open."""
-    calls: list[str] = []
-    answered: list[str] = []
+def _note_unread(here: str, call: dict[str, Any], function: dict[str, Any], unread: set[str]) -> None:
+    """Fields of a call that are passed over. Without `arguments`, one of them is what they are called there."""
+    known = _CALL | _FUNCTION if function is call else _CALL
+    others = [name for name, value in call.items() if name not in known and value is not None]
+    if function is not call:
+        others += [name for name, value in function.items() if name not in _FUNCTION and value is not None]
+    if others and "arguments" not in function:
+        message = f'{here} has "{others[0][:60]}", but its function has no "arguments".'
+        hint = 'Write what the function is called with as "arguments", an object or JSON in a text; {} for nothing.'
+        raise RowError(here, "invalid_tool_call", message, hint)
+    unread.update(f"{_INDEX.sub('[]', here)}.{name[:60]}" for name in others)
+
+
+def answered_call(where: str, result: Mapping[str, Any], before: list[Turn]) -> str:
+    """The id of the call that a tool's result answers: the one it names by its id or its function, or the next."""
+    calls: dict[str, str] = {}
+    answered: set[str] = set()
     for turn in reversed(before):
         if turn["role"] == "assistant":
-            calls = [call["id"] for call in turn.get("tool_calls", ())]
+            calls = {call["id"]: call["function"]["name"] for call in turn.get("tool_calls", ())}
             break
         if turn["role"] == "tool":
-            answered.append(turn["tool_call_id"])
+            answered.add(turn["tool_call_id"])
     if not calls:
         raise RowError(
             where, "tool_without_call", f"{where} is a tool's result, but nothing before it calls a tool."
         )
-    if call_id is None:
-        return next((name for name in calls if name not in answered), calls[-1])
-    shown = f'{where}.tool_call_id "{str(call_id)[:40]}"'
-    if call_id not in calls:
-        raise RowError(
-            f"{where}.tool_call_id",
-            "tool_without_call",
-            f"{shown} is the id of no call before it.",
-            f"Open calls: {', '.join(calls[:5])}.",
+    # Results of legacy functions and of other programs have no ids, but often the function's name.
+    key = "tool_call_id" if result.get("tool_call_id") is not None else "name"
+    given = result.get(key)
+    if key == "tool_call_id":
+        meant = [name for name in calls if name == given]
+    else:
+        meant = [name for name in calls if not given or calls[name] == given]
+    open_calls = [name for name in meant if name not in answered]
+    if open_calls:
+        return open_calls[0]
+    field, shown = (f"{where}.{key}", f'{where}.{key} "{str(given)[:40]}"') if given else (where, where)
+    if meant:
+        message = (
+            f"{shown} is answered already." if given else f"{shown} answers no call: all have their results."
         )
-    if call_id in answered:
-        raise RowError(
-            f"{where}.tool_call_id", "tool_without_call", f"{shown} is answered already.", "Keep one result."
-        )
-    return str(call_id)
+        raise RowError(field, "tool_without_call", message, "Keep one result.")
+    known = [calls[name] if key == "name" else name for name in calls]
+    raise RowError(
+        field,
+        "tool_without_call",
+        f"{shown} is the {'name' if key == 'name' else 'id'} of no call before it.",
+        f"Open calls: {', '.join(known[:5])}.",
+    )
 
 
-def in_order_of_calls(turns: list[Turn], column: str) -> list[Turn]:
-    """The turns with the results of each answer's calls in the order of the calls.
+def in_order_of_calls(turns: list[Turn], named: Callable[[int], str]) -> list[Turn]:
+    """The turns with the results of each answer's calls in the order of the calls. `named` says what a turn is called.
 
     Most templates write results without ids, so that their order alone says what they answer.
 
@@ -90,7 +118,7 @@ def in_order_of_calls(turns: list[Turn], column: str) -> list[Turn]:
         places = [i for i in range(start + 1, end) if turns[i]["role"] == "tool"]
         answered = [turns[i]["tool_call_id"] for i in places]
         if answered and (missing := [name for name in calls if name not in answered]):
-            where = f"{column}[{start}].tool_calls[{calls.index(missing[0])}]"
+            where = f"{named(start)}.tool_calls[{calls.index(missing[0])}]"
             raise RowError(
                 where,
                 "missing_result",

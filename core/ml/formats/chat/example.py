@@ -1,9 +1,12 @@
 """What one row becomes: a conversation or a plain text; and what is wrong with a row that becomes neither."""
 
+import json
+import math
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from core import strict_json
-from core.strict_json import JsonError
+from core.ml.formats.files.rows import OutOfRange
+from core.strict_json import JsonError, Number
 
 
 class Turn(TypedDict):
@@ -43,3 +46,52 @@ def parsed(text: str, where: str) -> Any:
         raise RowError(
             where, "invalid_json", f"{where} holds text that is not JSON: {error.message}"
         ) from error
+
+
+def text_of(row: dict[str, Any], column: str, *, optional: bool = False) -> str:
+    """A column's text; numbers as they are written. Raises RowError."""
+    value = row.get(column)
+    if type(value) is str:
+        return value
+    if value is None:
+        if optional:
+            return ""
+        raise RowError(column, "missing_field", f'The row has no "{column[:60]}".')
+    if isinstance(value, Number):
+        return value.written
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    if isinstance(value, bytes):
+        raise RowError(column, "not_utf8", f'"{column}" holds bytes that are not UTF-8.')
+    if isinstance(value, OutOfRange):
+        message = (
+            f'"{column[:60]}" is a date beyond the calendar, of an unknown time zone, or names a field twice.'
+        )
+        raise RowError(column, "not_text", message)
+    raise RowError(column, "not_text", f'"{column[:60]}" is {kind_of(value)}, not text.')
+
+
+def with_system(row: dict[str, Any], made: Conversation) -> Conversation:
+    """The conversation with the row's column `system`, if it has one, as its first turn."""
+    system = text_of(row, "system", optional=True)
+    if not system:
+        return made
+    if made.turns[0]["role"] == "system":
+        raise RowError("system", "two_systems", 'The row has a "system" column and a system message.')
+    return made._replace(
+        turns=[Turn(role="system", content=system), *made.turns],
+        untrained=frozenset(i + 1 for i in made.untrained),
+    )
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "a string"
+    return "an array" if isinstance(value, list) else "an object"

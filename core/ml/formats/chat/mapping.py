@@ -7,23 +7,24 @@
 {"text": "{body}", "layout": "alpaca"}    the text is a conversation in a known layout
 """
 
-import json
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from core.errors import BadRequest, nearest
 from core.ml.formats.chat import layouts, messages
-from core.ml.formats.chat.example import Conversation, Example, RowError, Turn
-from core.strict_json import Number
+from core.ml.formats.chat.example import Conversation, Example, RowError, Turn, text_of, with_system
 
 Mapping = dict[str, Any]
 # Characters of one message that a mapping makes: more than any model reads.
 MAX_TURN = 4 * 1024**2
-# {{name}} is a literal {name}; braces around anything that is no name, as in JSON, stay as they are.
-_PLACE = re.compile(r"\{\{(\w[\w .()/?#&%+-]*)\}\}|\{(\w[\w .()/?#&%+-]*)\}")
-_SPACED = re.compile(r"\{(?:\s+([^{}]*?)\s*|([^{}]*?)\s+)\}")
+# {name} is a place, {{name}} a literal {name}. What begins with a space or a quotation mark, as code and JSON do,
+# or goes over lines is no name. The columns have no say in it: a row without one must not change the text around.
+_NAME = r"""[^\s{}"'][^{}\r\n]*"""
+_PLACE = re.compile(rf"\{{\{{({_NAME})\}}\}}|\{{({_NAME})\}}")
+_BRACES = re.compile(r"\{([^{}]+)\}")
+# Characters of a name that a message shows.
+_SHOWN = 60
 _FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})
 _OPTIONS = {"messages": {"role", "content", "roles"}, "text": {"layout"}}
 _FORM = (
@@ -32,8 +33,37 @@ _FORM = (
 )
 
 
-def check(mapping: Any, columns: Sequence[str]) -> None:
-    """Raise BadRequest `invalid_mapping` unless `mapping` fits a table with these columns."""
+def check(mapping: Any, columns: Iterable[str]) -> None:
+    """Raise BadRequest `invalid_mapping` unless `mapping` is one that fits a table with these columns."""
+    check_form(mapping)
+    known = dict.fromkeys(columns)
+    for where, column in _named(mapping):
+        if column not in known:
+            raise _unknown(where, column, list(known))
+    nameless = [column for column in known if not _is_name(column)]
+    for where, template in _templates(mapping):
+        if (left := next((name for name in nameless if f"{{{name}}}" in template), None)) is not None:
+            raise _wrong(
+                f"{where}: {{{left[:_SHOWN]}}} would stay as it stands. A mapping names no column whose name "
+                "begins with a space or a quotation mark, or holds braces or line breaks.",
+                "Rename the column.",
+            )
+        for braces in _BRACES.finditer(template):
+            name = braces[1].strip()
+            if name in known and braces[1] not in known:
+                raise _wrong(
+                    f'{where}: "{braces[0][:_SHOWN]}" is no place of a column.',
+                    f"Write {{{name[:_SHOWN]}}} without spaces.",
+                )
+
+
+def _is_name(column: str) -> bool:
+    place = _PLACE.fullmatch(f"{{{column}}}")
+    return place is not None and place[2] is not None
+
+
+def check_form(mapping: Any) -> None:
+    """Raise BadRequest `invalid_mapping` for what is no mapping of any table."""
     form = next((f for f in _FORMS if isinstance(mapping, dict) and f <= mapping.keys()), None)
     if form is None:
         raise _wrong(_FORM)
@@ -47,20 +77,20 @@ def check(mapping: Any, columns: Sequence[str]) -> None:
         )
     if "messages" in form:
         if isinstance(mapping["messages"], str):
-            _check_list(mapping, columns)
+            _check_list(mapping)
         else:
-            _check_turns(mapping["messages"], columns)
+            _check_turns(mapping["messages"])
         return
     for name in sorted(form):
-        _check_template(f"mapping.{name}", mapping[name], columns)
+        if not isinstance(mapping[name], str):
+            raise _wrong(f"mapping.{name} must be text.")
     answer = "text" if "text" in form else "completion"
     _check_varies(f"mapping.{answer}", mapping[answer])
     if (layout := mapping.get("layout")) is not None and layout not in layouts.LAYOUTS:
         raise _wrong(f'mapping.layout is "{layout}"; known are {", ".join(layouts.LAYOUTS)}.')
 
 
-def _check_list(mapping: Mapping, columns: Sequence[str]) -> None:
-    _check_column("mapping.messages", _bare(mapping["messages"]), columns)
+def _check_list(mapping: Mapping) -> None:
     for name in ("role", "content"):
         if not isinstance(mapping.get(name, ""), str):
             raise _wrong(f"mapping.{name} must be the name of a key of each message.")
@@ -70,7 +100,7 @@ def _check_list(mapping: Mapping, columns: Sequence[str]) -> None:
         raise _wrong(f'mapping.roles must be an object such as {{"human": "user"}}; roles are {known}.')
 
 
-def _check_turns(turns: Any, columns: Sequence[str]) -> None:
+def _check_turns(turns: Any) -> None:
     if not isinstance(turns, list) or not turns:
         raise _wrong(_FORM)
     for i, turn in enumerate(turns):
@@ -78,36 +108,49 @@ def _check_turns(turns: Any, columns: Sequence[str]) -> None:
             raise _wrong(f"mapping.messages[{i}] must have a role and a content, both text.")
         if turn["role"] not in ("system", "user", "assistant"):
             raise _wrong(f'mapping.messages[{i}].role is "{turn["role"]}"; expected system, user, assistant.')
-        _check_template(f"mapping.messages[{i}].content", turn["content"], columns)
+        if not isinstance(turn["content"], str):
+            raise _wrong(f"mapping.messages[{i}].content must be text.")
     if turns[-1]["role"] != "assistant":
         raise _wrong("The last message of a mapping must be the assistant's: it is what is trained.")
     _check_varies("The last message of a mapping", turns[-1]["content"])
 
 
-def _check_template(where: str, template: Any, columns: Sequence[str]) -> None:
-    if not isinstance(template, str):
-        raise _wrong(f"{where} must be text.")
-    for place in _PLACE.finditer(template):
-        if (name := place.group(2)) is not None:
-            _check_column(where, name, columns)
-    for spaced in _SPACED.finditer(template):
-        if spaced[1] in columns:
-            raise _wrong(
-                f'{where}: "{spaced[0]}" is no place of a column.', f"Write {{{spaced[1]}}} without spaces."
-            )
+def _templates(mapping: Mapping) -> list[tuple[str, str]]:
+    """(where, text) of every text with places."""
+    turns = mapping.get("messages")
+    if isinstance(turns, list):
+        return [(f"mapping.messages[{i}].content", turn["content"]) for i, turn in enumerate(turns)]
+    return [
+        (f"mapping.{name}", mapping[name]) for name in ("prompt", "completion", "text") if name in mapping
+    ]
 
 
-def _check_column(where: str, name: str, columns: Sequence[str]) -> None:
-    if name not in columns:
-        near = nearest(name, columns)
-        raise _wrong(
-            f'{where} names the column "{name}", which the file does not have.',
-            f"Columns are: {', '.join(name[:60] for name in columns[:50])}."
-            + (f' Did you mean "{near}"?' if near else "")
-            + " Write {{"
-            + name
-            + "}} for literal braces.",
-        )
+def _named(mapping: Mapping) -> Iterator[tuple[str, str]]:
+    """(where, column) of every column that is named."""
+    if isinstance(mapping.get("messages"), str):
+        yield "mapping.messages", _bare(mapping["messages"])
+    for where, template in _templates(mapping):
+        for place in _PLACE.finditer(template):
+            if place[2] is not None:
+                yield where, place[2]
+
+
+def in_braces(mapping: Mapping) -> set[str]:
+    """All that `check` asks the columns about."""
+    texts = [braces[1] for _, text in _templates(mapping) for braces in _BRACES.finditer(text)]
+    return {*texts, *(text.strip() for text in texts), *(column for _, column in _named(mapping))}
+
+
+def _unknown(where: str, name: str, columns: list[str]) -> BadRequest:
+    shown = name[:_SHOWN]
+    same = next((column for column in columns if column.casefold() == name.casefold()), None)
+    near = same or nearest(shown, columns)
+    return _wrong(
+        f'{where} names the column "{shown}", which the file does not have.',
+        f"Columns are: {', '.join(column[:_SHOWN] for column in columns[:50])}."
+        + (f' Did you mean "{near[:_SHOWN]}"?' if near else "")
+        + f" Write {{{{{shown}}}}} for literal braces.",
+    )
 
 
 def _check_varies(where: str, template: str) -> None:
@@ -124,17 +167,9 @@ def _wrong(message: str, hint: str | None = None) -> BadRequest:
 
 def reader(mapping: Mapping) -> Callable[[dict[str, Any]], Example]:
     """The function from a row to its example; it raises RowError."""
-    if "text" in mapping:
-        template, layout = mapping["text"], mapping.get("layout")
-        place = _PLACE.fullmatch(template)
-        column = place.group(2) if place and place.group(2) else "text"
-
-        def text_row(row: dict[str, Any]) -> Example:
-            text = _fill(template, row)
-            return layouts.conversation(text, layout, column) if layout else plain(text, column)
-
-        return text_row
     turns = mapping.get("messages")
+    if "text" in mapping:
+        return _text_reader(mapping)
     if isinstance(turns, str):
         keys = messages.Keys(
             _bare(turns),
@@ -143,23 +178,35 @@ def reader(mapping: Mapping) -> Callable[[dict[str, Any]], Example]:
             messages.OPENAI_ROLES
             | {name: messages.OPENAI_ROLES[role] for name, role in mapping.get("roles", {}).items()},
         )
-        return lambda row: messages.conversation(row, keys)
+        return lambda row: with_system(row, messages.conversation(row, keys))
     if turns is None:
         turns = [
             {"role": "user", "content": mapping["prompt"]},
             {"role": "assistant", "content": mapping["completion"]},
         ]
-    parts = [(part["role"], part["content"]) for part in turns]
-    return lambda row: Conversation([Turn(role=role, content=_fill(text, row)) for role, text in parts])
+    parts = [(part["role"], _filler(part["content"])) for part in turns]
+    return lambda row: Conversation([Turn(role=role, content=fill(row)) for role, fill in parts])
 
 
-def columns_of(mapping: Mapping) -> set[str]:
+def _text_reader(mapping: Mapping) -> Callable[[dict[str, Any]], Example]:
+    fill, layout = _filler(mapping["text"]), mapping.get("layout")
+    column = next((name for _, name in _named(mapping)), "text")
+
+    def read(row: dict[str, Any]) -> Example:
+        text = fill(row)
+        if layout:
+            return layouts.conversation(text, layout, column)
+        if not text.strip():
+            raise RowError(column, "empty_text", "The text is empty, so there is nothing to learn.")
+        return text
+
+    return read
+
+
+def columns_of(mapping: Mapping) -> frozenset[str]:
     """The columns that a mapping reads."""
-    parts = mapping.get("messages")
-    if isinstance(parts, str):
-        return {_bare(parts), "tools", "functions"}
-    templates = mapping.values() if parts is None else [part["content"] for part in parts]
-    return {place.group(2) for text in templates for place in _PLACE.finditer(text) if place.group(2)}
+    beside = ("tools", "functions", "system") if isinstance(mapping.get("messages"), str) else ()
+    return frozenset([*beside, *(column for _, column in _named(mapping))])
 
 
 def _bare(column: str) -> str:
@@ -167,38 +214,17 @@ def _bare(column: str) -> str:
     return column.strip("{}")
 
 
-def plain(text: str, column: str) -> str:
-    if not text.strip():
-        raise RowError(column, "empty_text", "The text is empty, so there is nothing to learn.")
-    return text
+def _filler(template: str) -> Callable[[dict[str, Any]], str]:
+    """The function from a row to the template's text. A value is never read as a template."""
+    names = [place[2] for place in _PLACE.finditer(template) if place[2]]
+    form = _PLACE.sub(lambda place: f"{{{place[1]}}}" if place[1] else "%s", template.replace("%", "%%"))
 
+    def fill(row: dict[str, Any]) -> str:
+        values = [text_of(row, name) for name in names]
+        size = len(template) + sum(map(len, values))
+        if size > MAX_TURN:
+            message = f"The mapping makes a message of {size} characters of this row; {MAX_TURN} are read."
+            raise RowError("messages", "row_too_long", message)
+        return form % tuple(values)
 
-def text_of(row: dict[str, Any], column: str, *, optional: bool = False) -> str:
-    """A column's text; numbers as they are written. Raises RowError."""
-    value = row.get(column)
-    if type(value) is str:
-        return value
-    if value is None:
-        if optional:
-            return ""
-        raise RowError(column, "missing_field", f'The row has no "{column}".')
-    if isinstance(value, Number):
-        return value.written
-    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
-        return json.dumps(value)
-    if isinstance(value, bytes):
-        raise RowError(column, "not_utf8", f'"{column}" holds bytes that are not UTF-8.')
-    raise RowError(column, "not_text", f'"{column}" is a {type(value).__name__}, not text.')
-
-
-def _fill(template: str, row: dict[str, Any]) -> str:
-    places = [place.group(2) for place in _PLACE.finditer(template) if place.group(2)]
-    size = len(template) + sum(len(text_of(row, name)) for name in places)
-    if size > MAX_TURN:
-        message = f"The mapping makes a message of {size} characters of this row; {MAX_TURN} are read."
-        raise RowError("messages", "row_too_long", message)
-
-    def value(place: re.Match[str]) -> str:
-        return "{" + place.group(1) + "}" if place.group(1) is not None else text_of(row, place.group(2))
-
-    return _PLACE.sub(value, template)
+    return fill

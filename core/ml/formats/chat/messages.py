@@ -1,12 +1,13 @@
 """A list of messages to a checked conversation: OpenAI's form, ShareGPT's, and others by their key names."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from core.errors import nearest
 from core.ml.formats.chat.calls import answered_call, in_order_of_calls, tool_calls, tools_of
-from core.ml.formats.chat.example import Conversation, RowError, Turn, parsed
+from core.ml.formats.chat.example import Conversation, RowError, Turn, kind_of, parsed
 from core.strict_json import Number
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -33,6 +34,8 @@ MAX_MESSAGES = 1000
 # What other programs take as "train this turn or not".
 _MEANINGFUL = ("train", "loss", "mask")
 _READ = {"name", "weight", "tool_calls", "tool_call_id", "function_call"}
+_PART = {"type", "text"}
+_INDEX = re.compile(r"\[\d+\]")
 
 
 class Keys(NamedTuple):
@@ -60,6 +63,16 @@ def conversation(row: Mapping[str, Any], keys: Keys = OPENAI) -> Conversation:
 
 def parse(value: Any, keys: Keys) -> tuple[list[Turn], frozenset[int], frozenset[str]]:
     """The turns, the indexes of those with weight 0, and the names of fields that are not read."""
+    turns, untrained, unread = parse_after([], value, keys)
+    if max(map(len, turns)) > 2:  # for speed: nearly all have no calls
+        turns = in_order_of_calls(turns, lambda i: f"{keys.column}[{i}]")
+    return turns, untrained, unread
+
+
+def parse_after(
+    before: list[Turn], value: Any, keys: Keys
+) -> tuple[list[Turn], frozenset[int], frozenset[str]]:
+    """As `parse`, but results may answer calls of the turns before, and stand in the order of the file."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parsed(value, keys.column)
     if not isinstance(value, list) or not value:
@@ -70,25 +83,21 @@ def parse(value: Any, keys: Keys) -> tuple[list[Turn], frozenset[int], frozenset
         message = f'"{keys.column}" has {len(value)} messages; {MAX_MESSAGES} are read.'
         raise RowError(keys.column, "too_many_messages", message, "Divide the conversation.")
     column, role_key, content_key, roles = keys
-    turns: list[Turn] = []
+    turns = before.copy()
     untrained = []
     unread: set[str] = set()
-    called = False
     for i, item in enumerate(value):
         if type(item) is dict and len(item) == 2:  # nearly every message there is: for speed
             named, content = item.get(role_key), item.get(content_key)
             if type(named) is str and type(content) is str and (role := roles.get(named)) in _PLAIN:
                 turns.append({"role": role, "content": content})
                 continue
-        turn = _turn(i, item, keys, turns)
+        turn = _turn(i, item, keys, turns, unread)
         unread.update(_unread(i, item, keys))
         if "weight" in item and _weight(i, item, turn, column) == 0:
             untrained.append(i)
         turns.append(turn)
-        called = called or "tool_calls" in turn
-    if called:
-        turns = in_order_of_calls(turns, column)
-    return turns, frozenset(untrained), frozenset(unread)
+    return turns[len(before) :], frozenset(untrained), frozenset(unread)
 
 
 def _unread(i: int, item: dict[str, Any], keys: Keys) -> list[str]:
@@ -123,7 +132,7 @@ def checked(made: Conversation, column: str) -> Conversation:
     return made
 
 
-def _turn(i: int, item: Any, keys: Keys, before: list[Turn]) -> Turn:
+def _turn(i: int, item: Any, keys: Keys, before: list[Turn], unread: set[str]) -> Turn:
     if not isinstance(item, dict):
         where = f"{keys.column}[{i}]"
         raise RowError(
@@ -135,7 +144,7 @@ def _turn(i: int, item: Any, keys: Keys, before: list[Turn]) -> Turn:
         raise _unknown_role(i, item, keys)
     content = item.get(keys.content)
     if role == "call":
-        return _call_turn(f"{keys.column}[{i}].{keys.content}", content, before)
+        return _call_turn(f"{keys.column}[{i}].{keys.content}", content, before, unread)
     calls = item.get("tool_calls")
     if legacy := item.get("function_call"):
         if calls:
@@ -147,14 +156,16 @@ def _turn(i: int, item: Any, keys: Keys, before: list[Turn]) -> Turn:
     if type(content) is str:
         turn = Turn(role=role, content=content)
     else:
-        turn = Turn(role=role, content=_text(f"{keys.column}[{i}].{keys.content}", content, bool(calls)))
+        where = f"{keys.column}[{i}].{keys.content}"
+        turn = Turn(role=role, content=_text(where, content, bool(calls), unread))
     if len(item) > 2 or role == "tool" or calls:
-        _extras(turn, i, item, calls, keys, before)
+        _extras(turn, f"{keys.column}[{i}]", item, calls, before, unread)
     return turn
 
 
-def _extras(turn: Turn, i: int, item: dict[str, Any], calls: Any, keys: Keys, before: list[Turn]) -> None:
-    where = f"{keys.column}[{i}]"
+def _extras(
+    turn: Turn, where: str, item: dict[str, Any], calls: Any, before: list[Turn], unread: set[str]
+) -> None:
     if (name := item.get("name")) is not None:
         if not isinstance(name, str):
             raise RowError(f"{where}.name", "not_text", f"{where}.name is not text.")
@@ -164,16 +175,16 @@ def _extras(turn: Turn, i: int, item: dict[str, Any], calls: Any, keys: Keys, be
             raise RowError(
                 f"{where}.tool_calls", "misplaced_field", f"{where} has tool_calls but is no assistant's."
             )
-        turn["tool_calls"] = tool_calls(f"{where}.tool_calls", calls, before)
+        turn["tool_calls"] = tool_calls(f"{where}.tool_calls", calls, before, unread)
     if turn["role"] == "tool":
-        turn["tool_call_id"] = answered_call(where, item.get("tool_call_id"), before)
+        turn["tool_call_id"] = answered_call(where, item, before)
     elif item.get("tool_call_id") is not None:
         raise RowError(
             f"{where}.tool_call_id", "misplaced_field", f"{where} has a tool_call_id but is no tool's."
         )
 
 
-def _text(where: str, content: Any, may_be_none: bool) -> str:
+def _text(where: str, content: Any, may_be_none: bool, unread: set[str]) -> str:
     if content is None and may_be_none:
         return ""
     if isinstance(content, list):
@@ -187,12 +198,14 @@ def _text(where: str, content: Any, may_be_none: bool) -> str:
                 and part.get("type", "text") == "text"
             ):
                 parts.append(part["text"])
+                rest = [name for name, value in part.items() if name not in _PART and value is not None]
+                unread.update(f"{_INDEX.sub('[]', where)}[].{name[:60]}" for name in rest)
             else:
                 kind = part.get("type") if isinstance(part, dict) else None
-                shown = f'"{kind[:40]}"' if isinstance(kind, str) else f"a {_kind(part)}"
+                shown = f'"{kind[:40]}"' if isinstance(kind, str) else kind_of(part)
                 raise RowError(f"{where}[{j}]", "not_text", f"{where}[{j}] is {shown}; only text is trained.")
         return "".join(parts)
-    what = "missing" if content is None else f"a {_kind(content)}, not text"
+    what = "missing" if content is None else f"{kind_of(content)}, not text"
     raise RowError(where, "not_text", f"{where} is {what}.", "Write it as text.")
 
 
@@ -231,23 +244,8 @@ def _unknown_role(i: int, item: dict[str, Any], keys: Keys) -> RowError:
     return RowError(where, "unknown_role", message, f'Did you mean "{near}"?' if near else None)
 
 
-def _call_turn(where: str, value: Any, before: list[Turn]) -> Turn:
+def _call_turn(where: str, value: Any, before: list[Turn], unread: set[str]) -> Turn:
     if isinstance(value, str):
         value = parsed(value, where)
-    return Turn(
-        role="assistant",
-        content="",
-        tool_calls=tool_calls(where, value if isinstance(value, list) else [value], before),
-    )
-
-
-def _kind(value: Any) -> str:
-    kinds: dict[type, str] = {
-        dict: "JSON object",
-        bool: "boolean",
-        int: "number",
-        Number: "number",
-        float: "number",
-        type(None): "null",
-    }
-    return kinds.get(type(value), type(value).__name__)
+    calls = value if isinstance(value, list) else [value]
+    return Turn(role="assistant", content="", tool_calls=tool_calls(where, calls, before, unread))

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+from core import strict_json
 from core.ml.formats.chat import mapping, messages
-from core.ml.formats.chat.calls import tools_of
-from core.ml.formats.chat.example import Conversation, Example, RowError, Turn
-from core.ml.formats.chat.mapping import Mapping, text_of
+from core.ml.formats.chat.calls import in_order_of_calls, tools_of
+from core.ml.formats.chat.example import Conversation, Example, RowError, Turn, text_of, with_system
+from core.ml.formats.chat.mapping import Mapping
+from core.strict_json import JsonError
 
 Format = Literal["messages", "prompt_completion", "text", "alpaca", "sharegpt", "mapping"]
 FORMATS: tuple[Format, ...] = ("messages", "prompt_completion", "text", "alpaca", "sharegpt", "mapping")
@@ -21,6 +23,8 @@ COLUMNS: dict[Format, frozenset[str]] = {
 }
 # What would change the training if it were passed over.
 _MEANINGFUL = ("system", "tools", "functions", "history", "weight")
+# How self-instruct writes that an instruction has no input.
+_NO_INPUT = "<noinput>"
 
 Reader = Callable[[dict[str, Any]], Example]
 
@@ -28,27 +32,30 @@ Reader = Callable[[dict[str, Any]], Example]
 def reader(kind: Format, by: Mapping | None) -> Reader:
     """The function from a row to its example; it raises RowError. Formats text and mapping need a mapping."""
     if by is not None:
-        return mapping.reader(by)
-    read = {
-        "messages": messages.conversation,
-        "sharegpt": _sharegpt,
-        "prompt_completion": _prompt_completion,
-        "alpaca": _alpaca,
-    }[kind]
-    columns = COLUMNS[kind]
+        read, columns = mapping.reader(by), mapping.columns_of(by)
+    else:
+        read, columns = _READERS[kind], COLUMNS[kind]
     meaningful = [name for name in _MEANINGFUL if name not in columns]
 
     def row_of(row: dict[str, Any]) -> Example:
         if len(row) > 1:
             for name in meaningful:
                 if row.get(name) not in (None, "", [], {}):
-                    hint = "Remove the column, or say in a mapping what to do with it."
-                    raise RowError(
-                        name, "unknown_field", f'The row has "{name}", which would be ignored.', hint
-                    )
+                    message = f'The row has "{name}", which would be ignored.'
+                    raise RowError(name, "unknown_field", message, _way_out(name, kind, by))
         return read(row)
 
     return row_of
+
+
+def _way_out(name: str, kind: Format, by: Mapping | None) -> str:
+    if name == "weight":
+        return "Leave out the rows that must not be trained, and the column."
+    if name == "system" and kind == "messages":
+        return 'Pass mapping={"messages": "messages"}, which reads it too, or remove the column.'
+    if by is not None and not isinstance(by.get("messages"), str):
+        return f"Put {{{name}}} into a text of the mapping, or remove the column."
+    return "Remove the column, or say in a mapping what to do with it."
 
 
 def _sharegpt(row: dict[str, Any]) -> Example:
@@ -56,27 +63,43 @@ def _sharegpt(row: dict[str, Any]) -> Example:
     keys = messages.SHAREGPT
     if isinstance(items, list) and items and isinstance(items[0], dict) and "from" not in items[0]:
         keys = messages.Keys("conversations", roles=messages.SHAREGPT_ROLES)
-    return _with_system(row, messages.conversation(row, keys))
+    return with_system(row, messages.conversation(row, keys))
 
 
 def _prompt_completion(row: dict[str, Any]) -> Example:
     prompt, completion = row.get("prompt"), row.get("completion")
+    if type(prompt) is type(completion) is str and prompt.lstrip()[:1] == completion.lstrip()[:1] == "[":
+        prompt, completion = _both_lists(prompt, completion)
     if not isinstance(prompt, list) and not isinstance(completion, list):
         turns = [
             Turn(role="user", content=text_of(row, "prompt")),
             Turn(role="assistant", content=text_of(row, "completion")),
         ]
-        return _with_system(row, Conversation(turns, tools_of(row)))
+        return with_system(row, Conversation(turns, tools_of(row)))
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise RowError(
             "completion", "not_text", "prompt and completion must both be text, or both lists of messages."
         )
-    before, _, unread = messages.parse(prompt, messages.Keys("prompt"))
-    after, untrained, more_unread = messages.parse(completion, messages.Keys("completion"))
+    before, _, unread = messages.parse_after([], prompt, messages.Keys("prompt"))
+    after, untrained, more_unread = messages.parse_after(before, completion, messages.Keys("completion"))
+    count = len(before)
+    turns = in_order_of_calls(
+        before + after, lambda i: f"prompt[{i}]" if i < count else f"completion[{i - count}]"
+    )
     asked = frozenset(i for i, turn in enumerate(before) if turn["role"] == "assistant")
-    untrained = asked | {len(before) + i for i in untrained}
-    whole = Conversation(before + after, tools_of(row), untrained, unread | more_unread)
-    return messages.checked(_with_system(row, whole), "completion")
+    untrained = asked | {count + i for i in untrained}
+    whole = Conversation(turns, tools_of(row), untrained, unread | more_unread)
+    return messages.checked(with_system(row, whole), "completion")
+
+
+def _both_lists(prompt: str, completion: str) -> tuple[Any, Any]:
+    """Both parts as the lists of messages that their texts hold; as they are where one of them holds none."""
+    try:
+        lists = [strict_json.loads(text, depth=strict_json.DEPTH) for text in (prompt, completion)]
+    except JsonError:
+        return prompt, completion
+    chats = all(isinstance(item, dict) and "role" in item for items in lists for item in items)
+    return (lists[0], lists[1]) if all(lists) and chats else (prompt, completion)
 
 
 def _alpaca(row: dict[str, Any]) -> Example:
@@ -90,20 +113,16 @@ def _alpaca(row: dict[str, Any]) -> Example:
                 f"history[{i}]", "not_text", f"history[{i}] must be [question, answer], both text."
             )
         turns += [Turn(role="user", content=pair[0]), Turn(role="assistant", content=pair[1])]
-    question = text_of(row, "instruction")
-    if extra := text_of(row, "input", optional=True):
-        question += f"\n\n{extra}"
+    question, extra = text_of(row, "instruction"), text_of(row, "input", optional=True)
+    if extra.strip().lower() not in ("", _NO_INPUT):
+        question = f"{question}\n\n{extra}" if question.strip() else extra
     turns += [Turn(role="user", content=question), Turn(role="assistant", content=text_of(row, "output"))]
-    return _with_system(row, Conversation(turns))
+    return with_system(row, Conversation(turns))
 
 
-def _with_system(row: dict[str, Any], made: Conversation) -> Conversation:
-    system = text_of(row, "system", optional=True)
-    if not system:
-        return made
-    if made.turns[0]["role"] == "system":
-        raise RowError("system", "two_systems", 'The row has a "system" column and a system message.')
-    return made._replace(
-        turns=[Turn(role="system", content=system), *made.turns],
-        untrained=frozenset(i + 1 for i in made.untrained),
-    )
+_READERS: dict[Format, Reader] = {
+    "messages": messages.conversation,
+    "sharegpt": _sharegpt,
+    "prompt_completion": _prompt_completion,
+    "alpaca": _alpaca,
+}

@@ -1,11 +1,12 @@
 """Which kind of file this is, by its content; its name is only compared."""
 
 import codecs
+import json
 import re
 
 from core.errors import BadRequest
-from core.ml.formats.files.rows import FileType, unsupported
-from core.ml.formats.files.tables import DELIMITERS, delimiter
+from core.ml.formats.files.rows import FileType, unsupported, without_marks
+from core.ml.formats.files.tables import separators
 
 HEAD = 4096
 GZIP = b"\x1f\x8b"
@@ -32,14 +33,30 @@ _OTHERS = {
     b"\xd0\xcf\x11\xe0": "an old Office document",
     b"Obj\x01": "an Avro file",
     b"{\\rtf": "an RTF document",
+    b"\xff\xfe\0\0": "text in UTF-32",
+    b"\0\0\xfe\xff": "text in UTF-32",
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
+}
+# Letters that a table may begin with, too, if no NUL follows.
+_OTHERS_WITH_NUL = {
+    b"ORC": "an ORC file",
+    b"FEA1": "a Feather file",
+    b"RIFF": "a picture, a film or a sound",
 }
 _PICKLE = re.compile(rb"\x80[\x02-\x05]|[}\])]q\x00|\((?:dp|lp)\d|c[\w.]+\n[\w.]+\n(?:\(|p\d+\n)")
 _MARKUP = re.compile(
     rb"<(?:!doctype|html|head|body|title|meta|script|div|h\d|p|pre|center|svg|error|\?xml|!--)[\s>-]|<!doctype",
     re.IGNORECASE,
 )
+# A JSON object that holds the rows in a list, and perhaps says something else before.
+_DOCUMENT = re.compile(
+    rb'\{\s*(?:"\w+"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,\s*)*'
+    rb'"(rows|data|dataset|examples|samples|records|items|train|instances)"\s*:\s*\['
+)
+# The beginning of a row in JSON or Python, and the end of one.
+_OBJECT = re.compile(r"\s*\{\s*[\"']")
+_FRAGMENT = re.compile(r"""["']\s*:.*\},?\s*$""")
 _NAMES = {
     "jsonl": "jsonl",
     "ndjson": "jsonl",
@@ -60,9 +77,11 @@ def file_type(head: bytes) -> FileType:
     _refuse_others(head)
     if head.startswith(b"PAR1"):
         return "parquet"
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    start = without_marks(head).lstrip(b" \t\r\n")
     if not start:
         raise BadRequest("empty_file", "The file has no rows.", param="file")
+    if start[:4].count(0) == 3:
+        raise unsupported("The file is text in UTF-32.", "Save it as UTF-8.")
     if b"\0" in start[:2] and _only_nul(head[::2]) != _only_nul(head[1::2]):
         raise unsupported("The file is text in UTF-16.", "Save it as UTF-8.")
     if b"\0" in start[:2] or (b"\0" in head and not _is_utf8(head)):
@@ -70,18 +89,19 @@ def file_type(head: bytes) -> FileType:
     if start.startswith(b"["):
         return "json"
     if start.startswith(b"{"):
+        _refuse_document(start)
         return "jsonl"
     if _MARKUP.match(start):
         raise unsupported(
             "The file is an HTML or XML page, perhaps a login or error page saved in its place."
         )
-    return "csv" if _is_table(start) else "jsonl"
+    return "csv" if _is_table(start, cut=len(head) >= HEAD) else "jsonl"
 
 
 def _refuse_others(head: bytes) -> None:
-    for magic, what in _OTHERS.items():
+    for magic, what in (_OTHERS | _OTHERS_WITH_NUL if b"\0" in head else _OTHERS).items():
         if head.startswith(magic):
-            hint = "Save it as UTF-8." if "UTF-16" in what else None
+            hint = "Save it as UTF-8." if "UTF-" in what else None
             raise unsupported(f"The file is {what}, not JSON Lines, a JSON array, CSV or Parquet.", hint)
     if _PICKLE.match(head):
         raise unsupported("The file is a Python pickle, which can run code when it is read, so it never is.")
@@ -104,20 +124,46 @@ def _is_utf8(head: bytes) -> bool:
     return True
 
 
-def _is_table(start: bytes) -> bool:
-    """A header, that is several names or a single one; else it is most likely JSON Lines with a broken first line."""
+def _refuse_document(start: bytes) -> None:
+    """A JSON object over several lines that holds the rows in a list; of its lines, each would be an error."""
     first, _, rest = start.partition(b"\n")
-    if rest.lstrip().startswith(b'{"'):
+    found = _DOCUMENT.match(start)
+    if found is None or not rest or _is_object(first) or b"\n" + found[0] in start:
+        return
+    name = found[1].decode()
+    raise unsupported(
+        f'The file is one JSON object over several lines, with its rows in the list "{name}".',
+        f'Upload that list alone, for example made with: jq -c ".{name}[]" FILE',
+    )
+
+
+def _is_table(start: bytes, *, cut: bool) -> bool:
+    """Several names, or a single one; else it is most likely JSON Lines with a broken first line."""
+    first, *more = start.decode("utf-8", "replace").splitlines()
+    following = [line for line in more if line.strip()]
+    if any(map(_is_object, following)) or _FRAGMENT.search(first):
         return False
-    header = first.decode("utf-8", "replace").strip()
-    if any(mark in header for mark in DELIMITERS):
-        names = [name.strip().strip('"') for name in header.split(delimiter(header))]
-        return any(names) and not re.match(r"[-\d'(]", header)
-    if not re.fullmatch(r'"?[A-Za-z_]\w*"?', header) or header in ("null", "true", "false"):
-        if re.match(r"[A-Za-z#*]", header) and header[:4] not in ("null", "true", "fals"):
+    if following and _OBJECT.match(following[0]):
+        last = cut and len(following) == 1
+        if last or _FRAGMENT.search(following[0]):
+            return False
+    header = first.strip()
+    if separators(header):
+        return True
+    if not re.fullmatch(r'"?[^\W\d]\w*"?|\'[^\']*\'', header) or header in ("null", "true", "false"):
+        if re.match(r"[^\W\d]|[#*]", header) and header[:4] not in ("null", "true", "fals"):
             raise unsupported("The file is plain text, not rows.")
         return False
     return b"\n" in start
+
+
+def _is_object(line: str | bytes) -> bool:
+    """Whether a line holds a row: in a table, its quotes would be written twice."""
+    try:
+        value = json.loads(line.rstrip()[:-1] if line.rstrip()[-1:] in (",", b",") else line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(value)
 
 
 def name_mismatch(filename: str, kind: FileType, packed: bool) -> str | None:

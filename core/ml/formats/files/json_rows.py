@@ -6,10 +6,9 @@ from collections.abc import Generator
 from typing import IO
 
 from core import strict_json
-from core.ml.formats.files.rows import Limits, Row, broken
+from core.ml.formats.files.rows import Limits, Row, broken, without_marks
 from core.strict_json import JsonError
 
-_BOM = b"\xef\xbb\xbf"
 _CHUNK = 1024**2
 _REST = "The rest of the array is not read."
 _COLUMN = re.compile(r" at column \d+")
@@ -39,7 +38,7 @@ def lines(file: IO[bytes], limits: Limits) -> Generator[Row]:
 
 
 def raw_lines(file: IO[bytes], limits: Limits) -> Generator[tuple[int, bytes | None]]:
-    """(number, bytes) of every line, without a byte order mark; None for one that is too long."""
+    """(number, bytes) of every line, the first without byte order marks; None for one that is too long."""
     number = 0
     while raw := file.readline(limits.line_bytes + 1):
         number += 1
@@ -48,7 +47,7 @@ def raw_lines(file: IO[bytes], limits: Limits) -> Generator[tuple[int, bytes | N
             while raw and not raw.endswith(b"\n"):
                 raw = file.readline(limits.line_bytes)
         else:
-            yield number, raw if number > 1 else raw.removeprefix(_BOM)
+            yield number, raw if number > 1 else without_marks(raw)
 
 
 def _unreadable(number: int, raw: bytes, error: UnicodeDecodeError | JsonError) -> Row:
@@ -57,6 +56,12 @@ def _unreadable(number: int, raw: bytes, error: UnicodeDecodeError | JsonError) 
         return broken(number, "not_utf8", message, "Save the file as UTF-8.")
     hint = error.hint or "Write one complete JSON object on each line."
     text = raw.decode("utf-8").rstrip()
+    if text.startswith("\ufeff"):
+        message = "The line begins with a byte order mark, which may stand only at the beginning of a file."
+        return broken(number, error.code, message, "Remove it; joining files leaves it there.")
+    if error.offset is not None and text.find("\r", 0, error.offset + 1) >= 0:
+        message = "A line ends in CR alone, so that what follows is taken for the same line."
+        return broken(number, error.code, message, "Save the file with LF or CRLF at the end of each line.")
     if error.offset is not None and error.offset >= len(text) and text.lstrip()[:1] in ("{", "["):
         hint = "It goes on in the next line: write each object on one line, or all of them as a JSON array."
     return broken(number, error.code, error.message, hint)
@@ -82,7 +87,8 @@ def array(file: IO[bytes], limits: Limits) -> Generator[Row]:
     """One row an element, with the line it begins on. Broken syntax ends the reading: the rest has no borders."""
     window = _Window(file)
     try:
-        window.skip()
+        while window.skip() == "\ufeff":
+            window.pos += 1
         window.pos += 1  # the bracket, which detection has seen
         if window.skip() == "]":
             window.pos += 1
@@ -137,7 +143,7 @@ class _Window:
         self.file, self.text, self.pos, self.line, self.ended = file, "", 0, 1, False
         self._counted = 0
         self._bad: UnicodeDecodeError | None = None
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def more(self) -> bool:
         """Read on, forgetting what lies before `pos`; False at the end of the file.

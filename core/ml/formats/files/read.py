@@ -10,7 +10,7 @@ from typing import IO
 
 from core.errors import BadRequest
 from core.ml.formats.files import detect, json_rows, tables
-from core.ml.formats.files.rows import FileType, Limits, Row, check_ratio, too_large
+from core.ml.formats.files.rows import FileType, Limits, Row, check_ratio, too_large, without_marks
 
 _BUFFER = 1024**2
 
@@ -24,7 +24,7 @@ def identify(file: IO[bytes]) -> tuple[FileType, bool]:
     source = unpacked(file, Limits()) if packed else file
     try:
         head = source.read(detect.HEAD)
-        while head.removeprefix(b"\xef\xbb\xbf").isspace() and (more := source.read(detect.HEAD)):
+        while without_marks(head).isspace() and (more := source.read(detect.HEAD)):
             head = more
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _damaged(0) from error

@@ -1,5 +1,6 @@
 """What every reader of files gives, and the bounds it keeps to."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ FileType = Literal["jsonl", "json", "csv", "parquet"]
 # Text packs to a tenth, very repetitive text to a hundredth; a bomb to a thousandth.
 _MAX_RATIO = 200
 _FREE_BYTES = 64 * 1024**2
+_MARKS = re.compile(rb"\A(?:\xef\xbb\xbf)+")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,13 @@ class Limits:
     rows: int = 10_000_000
     columns: int = 256
     depth: int = strict_json.DEPTH
+
+
+class OutOfRange:
+    """In place of a value of Parquet that Python cannot hold, such as a date in the year 100,000.
+
+    It is an error only where somebody reads its column.
+    """
 
 
 class Problem(NamedTuple):
@@ -43,6 +52,11 @@ class Row(NamedTuple):
 
 def broken(line: int, code: str, message: str, hint: str | None = None, *, ends: bool = False) -> Row:
     return Row(line, {}, Problem(code, message, hint, ends))
+
+
+def without_marks(text: bytes) -> bytes:
+    """The beginning of a file without its byte order mark, of which joined files have several."""
+    return _MARKS.sub(b"", text, count=1)
 
 
 def unsupported(message: str, hint: str | None = None) -> BadRequest:

@@ -2,14 +2,25 @@
 
 import csv
 import math
+import re
 from collections.abc import Generator
 from typing import IO, Any
 
 from core import strict_json
 from core.errors import BadRequest
-from core.ml.formats.files.rows import Limits, Row, broken, check_ratio, too_large, unsupported
+from core.ml.formats.files.rows import (
+    Limits,
+    OutOfRange,
+    Row,
+    broken,
+    check_ratio,
+    too_large,
+    unsupported,
+    without_marks,
+)
 
-DELIMITERS = ",;\t|"
+_SEPARATORS = ",;\t|"
+_SPACED_QUOTE = re.compile(r'[ \t]+"')
 _BATCH = 256
 # What a batch of Parquet rows may take.
 _BATCH_BYTES = 256 * 1024**2
@@ -24,16 +35,19 @@ def csv_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
         while (first := next(source, "")) and not first.strip():
             start += 1
         source.given_back = first
-        reader = csv.reader(source, delimiter=delimiter(first), strict=True)
+        marks = separators(first)
+        reader = csv.reader(source, delimiter=marks[0] if marks else ",", strict=True)
         header = [name.strip() for name in next(reader, [])]
-        if len(header) > limits.columns or len(set(header)) != len(header) or "" in header:
-            yield broken(start, "invalid_header", _header_problem(header, limits), ends=True)
+        if (wrong := _wrong_header(first.strip(), header, marks, limits)) is not None:
+            yield broken(start, "invalid_header", *wrong, ends=True)
             return
-        source.record_bytes, start = 0, source.line + 1
+        source.new_record()
+        start = source.line + 1
         for values in reader:
             if any(value.strip() for value in values):
-                yield _record(start, header, values)
-            source.record_bytes, start = 0, source.line + 1
+                yield _record(start, header, values, source.record, reader.dialect.delimiter)
+            source.new_record()
+            start = source.line + 1
     except _NulError:
         yield broken(
             start,
@@ -52,30 +66,59 @@ def csv_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
         yield broken(start, "not_utf8", message, "Save the file as UTF-8.", ends=True)
 
 
-def _header_problem(header: list[str], limits: Limits) -> str:
+def _wrong_header(line: str, header: list[str], marks: str, limits: Limits) -> tuple[str, str | None] | None:
+    """What is wrong with a header and what to do about it."""
+    if re.fullmatch(r"sep=.?", line):
+        return f'The first line is "{line}", which only Excel reads.', "Remove it."
+    if len(marks) > 1:
+        shown = " and ".join(f'"{mark}"' for mark in marks)
+        return (
+            f"The header has as many of {shown}: nobody knows which of them divides it.",
+            "Put names that hold one of them in double quotes.",
+        )
     if len(header) > limits.columns:
-        return f"The header has {len(header)} columns; {limits.columns} are read."
+        return f"The header has {len(header)} columns; {limits.columns} are read.", None
     if "" in header:
-        return f"Column {header.index('') + 1} of the header has no name."
-    twice = next(name for name in header if header.count(name) > 1)
-    return f'The header names the column "{twice[:60]}" more than once.'
+        hint = (
+            "pandas writes its row numbers so: save with to_csv(…, index=False)." if not header[0] else None
+        )
+        return f"Column {header.index('') + 1} of the header has no name.", hint
+    if (quoted := next((name for name in header if re.match(r"\".|'.*'$", name)), None)) is not None:
+        return (
+            f"The column name {quoted[:60]} stands in quotation marks that CSV takes for a part of it.",
+            "Quote with double quotes, and without a space before them, or not at all.",
+        )
+    if (twice := next((name for name in header if header.count(name) > 1), None)) is not None:
+        return f'The header names the column "{twice[:60]}" more than once.', None
+    return None
 
 
-def _record(line: int, header: list[str], values: list[str]) -> Row:
-    if len(values) == len(header):
-        return Row(line, dict(zip(header, values, strict=True)))
-    return broken(
-        line,
-        "wrong_number_of_fields",
-        f"The row has {len(values)} fields, the header {len(header)}.",
-        "Put fields that hold the separator or line breaks in double quotes.",
-    )
+def _record(line: int, header: list[str], values: list[str], written: list[str], mark: str) -> Row:
+    if len(values) != len(header):
+        return broken(
+            line,
+            "wrong_number_of_fields",
+            f"The row has {len(values)} fields, the header {len(header)}.",
+            "Put fields that hold the separator or line breaks in double quotes.",
+        )
+    text = mark + "".join(written)
+    if ' "' in text or '\t"' in text:
+        for name, value in zip(header, values, strict=True):
+            # A field of which this is the text is written in quotes, and the ones inside it are doubled.
+            if _SPACED_QUOTE.match(value) and mark + value in text:
+                message = (
+                    f'Column "{name[:60]}" has a space before its quotation mark, so that both are its text.'
+                )
+                hint = "Remove the space between separator and quotation mark."
+                return broken(line, "invalid_csv", message, hint)
+    return Row(line, dict(zip(header, values, strict=True)))
 
 
-def delimiter(header: str) -> str:
-    """The separator of a header line: the most frequent of comma, semicolon, tab and bar outside quotes."""
+def separators(header: str) -> str:
+    """What divides a header: the most frequent of comma, semicolon, tab and bar outside quotes; several in a tie."""
     bare = "".join(header.split('"')[::2])
-    return max(DELIMITERS, key=bare.count)
+    most = max(map(bare.count, _SEPARATORS))
+    return "".join(mark for mark in _SEPARATORS if most and bare.count(mark) == most)
 
 
 class _NulError(Exception):
@@ -83,11 +126,16 @@ class _NulError(Exception):
 
 
 class _Lines:
-    """The decoded lines of a file. `line` counts them, `record_bytes` bounds those of one record."""
+    """The decoded lines of a file. `line` counts them; those of one `record` are bounded together."""
 
     def __init__(self, file: IO[bytes], line_bytes: int) -> None:
         self.file, self.line_bytes, self.given_back = file, line_bytes, ""
-        self.line = self.record_bytes = 0
+        self.line = 0
+        self.new_record()
+
+    def new_record(self) -> None:
+        self.record: list[str] = []
+        self._record_bytes = 0
 
     def __iter__(self) -> "_Lines":
         return self
@@ -100,12 +148,14 @@ class _Lines:
         if not raw:
             raise StopIteration
         self.line += 1
-        self.record_bytes += len(raw)
-        if self.record_bytes > self.line_bytes:
+        self._record_bytes += len(raw)
+        if self._record_bytes > self.line_bytes:
             raise csv.Error(f"the row is longer than {self.line_bytes} bytes")
         if b"\0" in raw:
             raise _NulError
-        return raw.removeprefix(b"\xef\xbb\xbf" if self.line == 1 else b"").decode("utf-8")
+        text = (without_marks(raw) if self.line == 1 else raw).decode("utf-8")
+        self.record.append(text)
+        return text
 
 
 def parquet_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
@@ -136,7 +186,7 @@ def parquet_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
         for batch in table.iter_batches(batch_size=at_once):
             for i in range(len(batch)):
                 number += 1
-                values = batch.slice(i, 1).to_pylist()[0]
+                values = _values(batch.slice(i, 1))
                 size = _characters(values)
                 unpacked += size
                 if unpacked > limits.unpacked_bytes:
@@ -149,6 +199,26 @@ def parquet_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
             f"The file begins like Parquet but cannot be read{where}: {str(error).splitlines()[0][:200]}",
             "Write it again; it may be cut short.",
         ) from error
+
+
+def _values(row: Any) -> dict[str, Any]:
+    """The values of a batch of one row."""
+    try:
+        values: dict[str, Any] = row.to_pylist()[0]
+    except UnicodeDecodeError:
+        raise
+    except (ArithmeticError, LookupError, ValueError):
+        return {name: _value(row.column(name)) for name in row.schema.names}
+    return values
+
+
+def _value(column: Any) -> Any:
+    try:
+        return column.to_pylist()[0]
+    except UnicodeDecodeError:
+        raise
+    except (ArithmeticError, LookupError, ValueError):
+        return OutOfRange()
 
 
 def _parquet_row(number: int, values: dict[str, Any], size: int, limits: Limits) -> Row:
@@ -170,6 +240,8 @@ def _parquet_row(number: int, values: dict[str, Any], size: int, limits: Limits)
 
 def _cell(value: Any, left: int) -> Any:
     """A column may hold bytes that are no text, such as pictures, as long as nobody reads it."""
+    if isinstance(value, OutOfRange):
+        return value
     try:
         return _json_like(value, left)
     except UnicodeDecodeError:

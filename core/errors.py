@@ -5,6 +5,7 @@ GraftError(code, message, status)       any of them; one renderer makes the one 
   NotFound        404      no such thing, or it belongs to another project
   Conflict        409      the state does not allow it
   StorageFull     507      no room left on the disk or in the bucket
+  OutOfMemory     -        the device is too small for a run
   Fenced          -        a worker lost its lease and may not write any more
 
 A failed job stores the same codes (`GraftError.as_dict`).
@@ -72,6 +73,15 @@ class StorageFull(GraftError):  # noqa: N818
             "storage_full",
             f"No space left while writing {where}.",
             hint="Free disk space (old jobs, adapters and data sets can be deleted), then post the job again.",
+        )
+
+
+class OutOfMemory(GraftError):  # noqa: N818
+    def __init__(self) -> None:
+        super().__init__(
+            "out_of_memory",
+            "The device has too little memory for this job.",
+            hint="Use a smaller training.batch_size, training.max_length or lora.r, or a smaller base model.",
         )
 
 

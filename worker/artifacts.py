@@ -1,6 +1,5 @@
 """Files between the storage and a job's work folder: data sets in, checkpoints both ways, adapters out."""
 
-import logging
 import shutil
 import zipfile
 from pathlib import Path
@@ -17,8 +16,6 @@ from core.ml.training.config import Spec
 from core.ml.training.run import Run, Source
 from worker.context import Context
 
-logger = logging.getLogger(__name__)
-
 
 def fetch_run(context: Context, asked: Job | Probe, work: Path) -> Run:
     """What a job or a probe asks for, its data sets as files in `work`.
@@ -33,7 +30,7 @@ def fetch_run(context: Context, asked: Job | Probe, work: Path) -> Run:
         train = session.get(Dataset, asked.dataset_id)
         valid = session.get(Dataset, validation["dataset_id"]) if validation.get("dataset_id") else None
     if train is None or (validation.get("dataset_id") and valid is None):
-        raise NotFound("dataset_not_found", "The data set of this job was deleted.")
+        raise NotFound("dataset_not_found", "The data set was deleted.")
     return Run(
         model=catalogue.find(context.catalogue, asked.model),
         spec=Spec.model_validate(spec),

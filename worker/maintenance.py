@@ -10,7 +10,7 @@ import time
 
 from celery import Celery
 
-from core.control import attempts, queue, workers
+from core.control import attempts, probes, queue, workers
 from core.control.db import DatabaseUnavailable, reading
 from core.control.tables import FINISHED, Job
 from core.errors import Fenced
@@ -86,12 +86,17 @@ def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
 
 
 def _clear_scratch(context: Context) -> None:
-    """Remove work folders of jobs that no worker runs any more."""
+    """Remove work folders of jobs and probes that no worker runs any more."""
     if not context.settings.scratch.is_dir():
         return
     for folder in context.settings.scratch.iterdir():
         with reading(context.sessions) as session:
             job = session.get(Job, folder.name)
             over = job is None or job.status in FINISHED or job.owner is None
-        if over and time.time() - folder.stat().st_mtime > context.settings.lease_seconds:
+        keep = (
+            2 * probes.PATIENCE_SECONDS
+            if folder.name.startswith("probe_")
+            else context.settings.lease_seconds
+        )
+        if over and time.time() - folder.stat().st_mtime > keep:
             shutil.rmtree(folder, ignore_errors=True)

@@ -2,11 +2,15 @@
 
 import logging
 import shutil
+import signal
+import threading
 import time
 from typing import Any
 
 from core.control import probes
-from core.errors import GraftError
+from core.control.db import reading
+from core.control.tables import Probe
+from core.errors import GraftError, OutOfMemory
 from core.ml.training.run import Run
 from worker import artifacts, child
 from worker.context import Context
@@ -15,31 +19,49 @@ logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.5
 _SILENCE_SECONDS = 60
+_BUSY = {"unknown": "No worker is free."}
+# Two runs at once would be measured on half a device each.
+_alone = threading.Lock()
 
 
 def run(context: Context, probe_id: str) -> None:
     """Measure, and write the answer; returns at once when nobody waits for it any more."""
-    with context.sessions.begin() as session:
-        asked = probes.open_question(session, probe_id)
-        if asked is None:
-            return
-        session.expunge(asked)
-    work = context.settings.scratch / probe_id
-    work.mkdir(parents=True)
-    try:
-        found = _measured(context, artifacts.fetch_run(context, asked, work))
-    except GraftError as error:
-        found = {"error": error.as_dict()}
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    if context.stopping.is_set():
+        return
+    with reading(context.sessions) as session:
+        question = probes.open_question(session, probe_id)
+        busy = probes.is_busy(session, context.owner)
+    if question is None:
+        return
+    found = _BUSY
+    if not busy and _alone.acquire(blocking=False):
+        try:
+            found = _found(context, *question)
+        finally:
+            _alone.release()
     with context.sessions.begin() as session:
         probes.answer(session, probe_id, found)
 
 
-def _measured(context: Context, run: Run) -> dict[str, Any]:
-    """What the trainer process says: {measured}, or {error} when it cannot."""
+def _found(context: Context, asked: Probe, seconds: float) -> dict[str, Any]:
+    """The answer: {measured}, or the {error} that a job would end with, or why both are {unknown}."""
+    until = time.monotonic() + seconds
+    work = context.settings.scratch / asked.id
+    shutil.rmtree(work, ignore_errors=True)  # of a worker that died over the same question
+    work.mkdir(parents=True)
+    try:
+        return _measured(context, artifacts.fetch_run(context, asked, work), until)
+    except GraftError as error:
+        return {"error": error.as_dict() | {"param": error.param}}
+    except Exception as error:
+        logger.exception("the probe broke off in the worker")
+        return {"unknown": f"The worker met {type(error).__name__}."}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _measured(context: Context, run: Run, until: float) -> dict[str, Any]:
     trainer = child.start("probe", run, patience=_SILENCE_SECONDS)
-    until = time.monotonic() + probes.PATIENCE_SECONDS
     found: dict[str, Any] = {}
     try:
         while True:
@@ -48,9 +70,13 @@ def _measured(context: Context, run: Run) -> dict[str, Any]:
             found |= {kind: data for kind, data in news if kind in ("measured", "error")}
             if ended and not news:
                 break
-            if time.monotonic() > until or context.stopping.is_set():
+            if context.stopping.is_set():
+                return {"unknown": "The worker shuts down."}
+            if time.monotonic() > until:
                 return {"unknown": "The probe took too long."}
             trainer.tell("beat")
-        return found or {"unknown": f"The probe's process ended with exit code {trainer.exit_code}."}
     finally:
         trainer.close()
+    if not found and trainer.exit_code == -signal.SIGKILL:
+        return {"error": OutOfMemory().as_dict() | {"param": None}}  # the system ends what takes too much
+    return found or {"unknown": f"The probe's process ended with exit code {trainer.exit_code}."}

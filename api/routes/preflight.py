@@ -16,11 +16,9 @@ from core.control.tables import Dataset
 from core.errors import BadRequest
 from core.ml import catalogue
 from core.ml import contract as contracts
-from core.ml.catalogue import BaseModel
 from core.ml.training import data, plan
-from core.ml.training.config import Spec
-from core.ml.training.data import Tokenised
-from core.ml.training.run import Source
+from core.ml.training.data import Rows
+from core.ml.training.run import Run, Source
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
@@ -42,76 +40,68 @@ def preflight(body: JobCreate, services: ServicesDep, caller: CallerDep) -> Pref
                 session, caller.project_id, validation.dataset_id, param="validation.dataset_id"
             )
     base = ready_model(services, body.model)
-    spec = body.settled()
-    fraction = validation.fraction if validation else None
-    answer = _counted(services, base, spec, train, valid, fraction)
-    if answer.ok:
-        _measure(services, caller.project_id, body, answer)
-    return answer
-
-
-def _counted(
-    services: Services,
-    base: BaseModel,
-    spec: Spec,
-    train: Dataset,
-    valid: Dataset | None,
-    fraction: float | None,
-) -> PreflightOut:
-    answer = PreflightOut(ok=True, problems=[], model=base.name, dataset_id=train.id, spec=spec.model_dump())
-    try:
-        tokenised = _tokenised(services, base, spec, train)
-        answer.problems = [Problem.of(problem) for problem in data.problems(tokenised, spec.training)]
-        held = None
-        if valid is not None:
-            try:
-                held = _tokenised(services, base, spec, valid)
-                data.check(held, spec.training)
-            except BadRequest as error:
-                raise error.within("In the validation data set") from error
-        rows = data.divided(tokenised, held, fraction if tokenised.lines else None, spec.seed)
-    except BadRequest as error:
-        answer.problems.append(Problem.of(error))
-    else:
-        counts = plan.counts(rows)
-        answer.rows = RowsOut(used=counts["rows"], validation=counts["validation_rows"], **counts)
-        answer.tokens = TokensOut(
-            total=sum(tokenised.lengths), trained=tokenised.trained_tokens, longest=tokenised.longest
-        )
-        if rows.train:
-            answer.spec = plan.resolved(spec, rows, device={}).model_dump()
-            answer.total_steps = plan.total_steps(spec, len(rows.train))
-    answer.ok = not answer.problems
-    return answer
-
-
-def _tokenised(services: Services, base: BaseModel, spec: Spec, row: Dataset) -> Tokenised:
+    answer = PreflightOut(
+        ok=True, problems=[], model=base.name, dataset_id=train.id, spec=body.settled().model_dump()
+    )
     with tempfile.TemporaryDirectory(dir=services.settings.uploads) as folder:
-        file = Path(folder) / "data"
-        services.storage.get(row.key, file)
-        return data.tokenise(
-            Source(file, datasets.reading(row, datasets.limits(services.settings))),
-            contracts.load_cached(base.path),
-            context=catalogue.context(base),
-            training=spec.training,
-            keep=False,
+        run = Run(
+            model=base,
+            spec=body.settled(),
+            train=_fetched(services, train, Path(folder) / "train"),
+            valid=_fetched(services, valid, Path(folder) / "valid") if valid else None,
+            fraction=validation.fraction if validation else None,
+            work=Path(folder),
         )
+        try:
+            rows = data.rows_of(
+                run, contracts.load_cached(base.path), context=catalogue.context(base), keep=False
+            )
+        except BadRequest as error:
+            answer.problems = [Problem.of(error)]
+        else:
+            _count(answer, run, rows)
+    if answer.problems:
+        answer.ok, answer.not_measured = False, "The job would fail."
+    else:
+        _measure(services, body, answer)
+    return answer
 
 
-def _measure(services: Services, project_id: str, body: JobCreate, answer: PreflightOut) -> None:
+def _fetched(services: Services, row: Dataset, file: Path) -> Source:
+    services.storage.get(row.key, file)
+    return Source(file, datasets.reading(row, datasets.limits(services.settings)))
+
+
+def _count(answer: PreflightOut, run: Run, rows: Rows) -> None:
+    answer.problems = [Problem.of(problem) for problem in data.problems(rows, run)]
+    counts = plan.counts(rows)
+    answer.rows = RowsOut(
+        used=counts["rows"],
+        validation=counts["validation_rows"],
+        **{kind: counts[kind] for kind in ("dropped", "truncated", "in_both")},
+    )
+    answer.tokens = TokensOut(
+        total=sum(rows.data.lengths), trained=rows.data.trained_tokens, longest=rows.data.longest
+    )
+    if rows.train:
+        answer.spec = plan.resolved(run.spec, rows).model_dump()
+        answer.total_steps = plan.total_steps(run.spec, len(rows.train))
+
+
+def _measure(services: Services, body: JobCreate, answer: PreflightOut) -> None:
     """Ask a worker to take a few steps, and write what it says into the answer."""
     with services.sessions.begin() as session:
         if not probes.device_is_free(session):
             answer.not_measured = "No worker is free."
             return
         probe_id = probes.ask(
-            session, project_id, model=answer.model, dataset_id=body.dataset_id, spec=body.kept_spec()
+            session, model=answer.model, dataset_id=answer.dataset_id, spec=body.kept_spec()
         )
     services.sender.send(probe_id, queue.PROBE)
     found = _wait(services, probe_id)
     if error := found.get("error"):
-        answer.ok = False
-        answer.problems.append(Problem(param=None, **error))
+        answer.ok, answer.not_measured = False, "The job would fail."
+        answer.problems = [Problem(**error)]
     elif measured := found.get("measured"):
         answer.spec = measured["spec"]
         answer.device = measured["device"]
@@ -136,4 +126,4 @@ def _wait(services: Services, probe_id: str) -> dict[str, Any]:
     finally:
         with services.sessions.begin() as session:
             probes.forget(session, probe_id)
-    return {"unknown": f"No worker answered within {probes.PATIENCE_SECONDS:.0f} seconds."}
+    return {"unknown": f"No worker answered within {probes.PATIENCE_SECONDS:g} seconds."}

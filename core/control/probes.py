@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, and_, delete, func, select
 
 from core.control import workers
 from core.control.db import Session, now_epoch
@@ -10,30 +10,34 @@ from core.control.tables import Job, JobStatus, Probe, new_id
 
 # Nobody waits longer for an answer.
 PATIENCE_SECONDS = 120.0
-_OPEN = (Probe.answer.is_(None), Probe.asked > now_epoch() - PATIENCE_SECONDS)
 
 
 def device_is_free(session: Session) -> bool:
-    """Whether a worker has nothing to do, and neither a job nor another question waits for one."""
+    """Whether a worker most likely has nothing to do. It is asked then, and knows for certain."""
     queued = session.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED)) or 0
-    asked = session.scalar(select(func.count()).where(*_OPEN)) or 0
+    asked = session.scalar(select(func.count()).where(_waited_for())) or 0
     return workers.idle_slots(session) > queued + asked
 
 
-def ask(session: Session, project_id: str, *, model: str, dataset_id: str, spec: dict[str, Any]) -> str:
+def is_busy(session: Session, owner: str) -> bool:
+    """Whether a worker runs a job: on the same device, neither would be as it is alone."""
+    mine = select(func.count()).where(Job.status == JobStatus.RUNNING, Job.owner == owner)
+    return bool(session.scalar(mine))
+
+
+def ask(session: Session, *, model: str, dataset_id: str, spec: dict[str, Any]) -> str:
     """The id to wait with. Questions that nobody waits for any more are forgotten."""
-    now = session.scalars(select(now_epoch())).one()
-    session.execute(delete(Probe).where(Probe.asked < now - PATIENCE_SECONDS))
-    probe = Probe(
-        id=new_id("probe"), project_id=project_id, model=model, dataset_id=dataset_id, spec=spec, asked=now
-    )
+    session.execute(delete(Probe).where(Probe.asked < now_epoch() - PATIENCE_SECONDS))
+    probe = Probe(id=new_id("probe"), model=model, dataset_id=dataset_id, spec=spec, asked=now_epoch())
     session.add(probe)
     return probe.id
 
 
-def open_question(session: Session, probe_id: str) -> Probe | None:
-    """The question, while somebody waits for its answer."""
-    return session.scalars(select(Probe).where(Probe.id == probe_id, *_OPEN)).first()
+def open_question(session: Session, probe_id: str) -> tuple[Probe, float] | None:
+    """The question and the seconds in which somebody waits for its answer; None after that."""
+    left = Probe.asked + PATIENCE_SECONDS - now_epoch()
+    row = session.execute(select(Probe, left).where(Probe.id == probe_id, _waited_for())).first()
+    return (row[0], float(row[1])) if row else None
 
 
 def answer(session: Session, probe_id: str, found: dict[str, Any]) -> None:
@@ -48,3 +52,7 @@ def answered(session: Session, probe_id: str) -> dict[str, Any] | None:
 
 def forget(session: Session, probe_id: str) -> None:
     session.execute(delete(Probe).where(Probe.id == probe_id))
+
+
+def _waited_for() -> ColumnElement[bool]:
+    return and_(Probe.answer.is_(None), Probe.asked > now_epoch() - PATIENCE_SECONDS)

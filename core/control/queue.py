@@ -65,7 +65,7 @@ def send(app: Celery, row_id: str, task: str = TRAIN) -> bool:
         app.send_task(task, args=[row_id], queue=QUEUE, retry=False)
     except (OperationalError, OSError) as error:
         logger.warning(
-            "broker does not take messages; the sweep sends jobs later",
+            "broker does not take messages; the sweep will send a job again",
             extra={"row_id": row_id, "error": str(error)},
         )
         return False

@@ -188,7 +188,6 @@ class Probe(Table):
 
     __tablename__ = "probes"
     id: Mapped[str] = mapped_column(primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     model: Mapped[str]
     dataset_id: Mapped[str]
     spec: Mapped[Json]

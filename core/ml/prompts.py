@@ -92,7 +92,7 @@ def encode(contract: Contract, example: Example, *, loss_on: LossOn = "auto") ->
 def encode_all(
     contract: Contract, examples: Iterable[Example], *, loss_on: LossOn = "auto"
 ) -> Iterator[Encoded | BadRequest]:
-    """`encode` for many rows, faster: their texts go to the tokenizer together. A refused row gives its error."""
+    """`encode` for many rows, faster: conversations go to the tokenizer together. A refused row gives its error."""
     for some in _batches(contract, examples, loss_on):
         plain = [plan.pieces for _, plan in some if isinstance(plan, _Plan) and plan.marks is None]
         ids = iter(tokens.ids_of_pieces(contract.tokenizer, plain))

@@ -16,13 +16,11 @@ def upgrade() -> None:
     op.create_table(
         "probes",
         sa.Column("id", sa.String(), nullable=False),
-        sa.Column("project_id", sa.String(), nullable=False),
         sa.Column("model", sa.String(), nullable=False),
         sa.Column("dataset_id", sa.String(), nullable=False),
         sa.Column("spec", _JSON, nullable=False),
         sa.Column("asked", sa.Double(), nullable=False),
         sa.Column("answer", _JSON, nullable=True),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"]),
         sa.PrimaryKeyConstraint("id"),
     )
 

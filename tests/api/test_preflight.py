@@ -1,10 +1,13 @@
 """What a job would do, asked without a worker: counts, steps and problems."""
 
+import threading
+import time
 from typing import Any
 
 import pytest
 
 from core.control import probes, workers
+from core.control.tables import Probe
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.control import rows
 
@@ -103,12 +106,60 @@ def test_a_wrong_body_is_refused_as_a_job_would_be(api: Api) -> None:
     refused(api.stranger.post("/jobs/preflight", json={"dataset_id": dataset_id}), 404, "dataset_not_found")
 
 
+MEASURED = {
+    "spec": {"seed": 7},
+    "device": "GPU",
+    "memory_needed_bytes": 10,
+    "memory_present_bytes": 20,
+    "seconds_per_step": 2.0,
+    "load_seconds": 3.0,
+}
+ERROR = {"code": "unknown_target_modules", "message": "No.", "hint": None, "param": "lora.target_modules"}
+
+
+@only_sqlite
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            {"measured": MEASURED},
+            {"ok": True, "spec": {"seed": 7}, "device": "GPU", "seconds_per_step": 2.0, "eta_seconds": 7.0}
+            | {"memory": {"needed_bytes": 10, "present_bytes": 20}, "not_measured": None},
+        ),
+        (
+            {"error": ERROR},
+            {"ok": False, "problems": [ERROR], "memory": None, "not_measured": "The job would fail."},
+        ),
+        ({"unknown": "It is late."}, {"ok": True, "memory": None, "not_measured": "It is late."}),
+    ],
+)
+def test_a_workers_answer_is_passed_on(api: Api, said: dict[str, Any], expected: dict[str, Any]) -> None:
+    with api.sessions.begin() as session:
+        workers.register(session, 1)
+
+    def reply() -> None:
+        while True:
+            with api.sessions.begin() as session:
+                if asked := session.query(Probe).first():
+                    probes.answer(session, asked.id, said)
+                    return
+            time.sleep(0.05)
+
+    worker = threading.Thread(target=reply, daemon=True)
+    worker.start()
+    found = asked(api, [pair(0)], training={"max_steps": 2})
+    worker.join(10)
+    assert {name: found[name] for name in expected} == expected
+    with api.sessions() as session:
+        assert session.query(Probe).all() == []
+
+
 @only_sqlite
 def test_a_worker_is_asked_only_while_it_has_nothing_to_do(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     with api.sessions.begin() as session:
         workers.register(session, 1)
     monkeypatch.setattr(probes, "PATIENCE_SECONDS", 0.5)
     found = asked(api, [pair(0)])
-    assert (found["ok"], found["not_measured"]) == (True, "No worker answered within 0 seconds.")
+    assert (found["ok"], found["not_measured"]) == (True, "No worker answered within 0.5 seconds.")
     rows.job(api.sessions, api.project_id)
     assert asked(api, [pair(0)])["not_measured"] == "No worker is free."

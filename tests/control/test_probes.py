@@ -2,14 +2,13 @@
 
 from core.control import probes, workers
 from core.control.db import Sessions
-from core.control.tables import Probe, new_id
+from core.control.tables import Probe
 from tests.control import rows
 
 
 def question(sessions: Sessions) -> str:
-    project_id = rows.project(sessions, f"project {new_id('x')}")
     with sessions.begin() as session:
-        return probes.ask(session, project_id, model="m", dataset_id="ds", spec={"seed": 1})
+        return probes.ask(session, model="m", dataset_id="ds", spec={"seed": 1})
 
 
 def test_a_question_is_open_until_it_is_answered(sessions: Sessions) -> None:
@@ -17,7 +16,8 @@ def test_a_question_is_open_until_it_is_answered(sessions: Sessions) -> None:
     with sessions.begin() as session:
         found = probes.open_question(session, asked)
         assert found is not None
-        assert (found.model, found.spec) == ("m", {"seed": 1})
+        assert (found[0].model, found[0].spec) == ("m", {"seed": 1})
+        assert 0 < found[1] <= probes.PATIENCE_SECONDS
         assert probes.answered(session, asked) is None
         probes.answer(session, asked, {"measured": {}})
     with sessions.begin() as session:

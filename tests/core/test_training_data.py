@@ -1,6 +1,7 @@
 """Rows to token ids and labels."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 from core.errors import BadRequest
 from core.ml import contract as contracts
 from core.ml import prompts
+from core.ml.catalogue import BaseModel
 from core.ml.formats.chat.example import Conversation, Turn
 from core.ml.formats.validate import Reading
 from core.ml.prompts import Contract
 from core.ml.training import data
-from core.ml.training.config import Training
+from core.ml.training.config import Spec, Training
 from core.ml.training.data import LabelledIds, Tokenised
-from core.ml.training.run import Source
+from core.ml.training.run import Run, Source
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +32,23 @@ def source(folder: Path, pairs: list[tuple[str, str]]) -> Source:
     return Source(file, Reading("jsonl", False, "prompt_completion", None))
 
 
+def run_of(rows: Source, valid: Source | None = None, fraction: float | None = None, **training: Any) -> Run:
+    spec = Spec(training=Training(**training))
+    model = BaseModel("m", "folder", rows.path.parent, rows.path.parent, "")
+    return Run(model, spec, rows, valid, fraction, rows.path.parent)
+
+
 def tokenise(rows: Source, contract: Contract, *, context: int = 512, **training: Any) -> Tokenised:
-    made = data.tokenise(rows, contract, context=context, training=Training(**training))
-    data.check(made, Training(**training))
-    return made
+    return data.checked_rows(run_of(rows, **training), contract, context=context).data
 
 
-def split(made: Tokenised, fraction: float, seed: int) -> tuple[list[LabelledIds], list[LabelledIds]]:
-    rows = data.divided(made, None, fraction, seed)
-    return rows.train_examples, rows.valid_examples
+def split(
+    rows: Source, contract: Contract, fraction: float, seed: int, **training: Any
+) -> tuple[list[LabelledIds], list[LabelledIds]]:
+    run = run_of(rows, None, fraction, **training)
+    run = replace(run, spec=run.spec.model_copy(update={"seed": seed}))
+    made = data.checked_rows(run, contract, context=512)
+    return made.train_examples, made.valid_examples
 
 
 def test_labels_are_the_trained_tokens_alone(contract: Contract, tmp_path: Path) -> None:
@@ -136,9 +146,28 @@ def test_rows_that_do_not_train_an_end_are_refused(contract: Contract, tmp_path:
 
 
 def test_rows_in_both_files_are_named(contract: Contract, tmp_path: Path) -> None:
-    train = tokenise(source(tmp_path, [("a", "b"), ("c", "d")]), contract)
-    valid = tokenise(source(tmp_path, [("a", "c"), ("c", "d")]), contract)
-    assert data.divided(train, valid, None, 0).in_both == [4]
+    (tmp_path / "valid").mkdir()
+    train = source(tmp_path, [("a", "b"), ("c", "d")])
+    valid = source(tmp_path / "valid", [("a", "c"), ("c", "d")])
+    assert data.checked_rows(run_of(train, valid), contract, context=512).in_both == [4]
+
+
+def test_without_keeping_them_rows_are_only_counted(contract: Contract, tmp_path: Path) -> None:
+    run = run_of(source(tmp_path, [("a", "b"), ("c", "d")]), fraction=0.5)
+    kept, counted = (data.rows_of(run, contract, context=512, keep=keep) for keep in (True, False))
+    assert counted.data.examples == []
+    assert len(kept.data.examples) == 2
+    assert (counted.data.lengths, counted.train) == (kept.data.lengths, kept.train)
+
+
+def test_every_problem_is_listed(contract: Contract, tmp_path: Path) -> None:
+    (tmp_path / "valid").mkdir()
+    run = run_of(
+        source(tmp_path, [("x" * 500, "b")]), source(tmp_path / "valid", [("x" * 500, "b")]), max_length=64
+    )
+    found = data.problems(data.rows_of(run, contract, context=512), run)
+    assert [problem.code for problem in found] == ["row_too_long", "no_trained_tokens"] * 2
+    assert found[2].message == "In the validation data set: 1 row is longer than 64 tokens (lines 2)."
 
 
 # ---- Split
@@ -158,8 +187,7 @@ def questions(contract: Contract, examples: list[dict[str, list[int]]]) -> set[s
 def test_equal_prompts_stay_on_one_side(
     contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
-    made = tokenise(source(tmp_path, pairs), contract)
-    train, held_back = split(made, 0.25, seed=1)
+    train, held_back = split(source(tmp_path, pairs), contract, 0.25, seed=1)
     assert len(train) + len(held_back) == 120
     assert questions(contract, train).isdisjoint(questions(contract, held_back))
     assert len(train) == 3 * len(questions(contract, train))
@@ -169,30 +197,28 @@ def test_equal_prompts_stay_on_one_side(
 def test_the_same_seed_splits_the_same_and_another_seed_does_not(
     contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
-    made = tokenise(source(tmp_path, pairs), contract)
-    assert split(made, 0.25, seed=1) == split(made, 0.25, seed=1)
-    assert split(made, 0.25, seed=1) != split(made, 0.25, seed=2)
+    rows = source(tmp_path, pairs)
+    first, again, other = (split(rows, contract, 0.25, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_a_row_more_does_not_move_the_others(
     contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
-    _, before = split(tokenise(source(tmp_path, pairs), contract), 0.25, seed=1)
-    _, after = split(tokenise(source(tmp_path, [("first", "x"), *pairs]), contract), 0.25, seed=1)
+    _, before = split(source(tmp_path, pairs), contract, 0.25, seed=1)
+    _, after = split(source(tmp_path, [("first", "x"), *pairs]), contract, 0.25, seed=1)
     assert [example for example in after if example in before] == before
 
 
 def test_a_split_works_with_the_loss_on_every_token(
     contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
-    made = tokenise(source(tmp_path, pairs), contract, loss_on="all")
-    train, held_back = split(made, 0.25, seed=1)
+    train, held_back = split(source(tmp_path, pairs), contract, 0.25, seed=1, loss_on="all")
     assert len(train) + len(held_back) == 120
     assert questions(contract, train).isdisjoint(questions(contract, held_back))
 
 
 def test_a_split_that_leaves_one_side_empty_is_refused(contract: Contract, tmp_path: Path) -> None:
-    made = tokenise(source(tmp_path, [("only", "one")]), contract)
     with pytest.raises(BadRequest) as caught:
-        split(made, 0.5, seed=1)
+        split(source(tmp_path, [("only", "one")]), contract, 0.5, seed=1)
     assert (caught.value.code, caught.value.param) == ("validation_empty", "validation.fraction")

@@ -31,4 +31,5 @@ def test_what_the_model_refuses_is_found_by_the_probe(service: Service, rows_fil
         dataset_id = client.upload(rows_file)["id"]
         found = client.preflight({"dataset_id": dataset_id, "lora": {"target_modules": ["nothing"]}})
         assert not found["ok"]
-        assert [problem["code"] for problem in found["problems"]] == ["unknown_target_modules"]
+        (problem,) = found["problems"]
+        assert (problem["code"], problem["param"]) == ("unknown_target_modules", "lora.target_modules")

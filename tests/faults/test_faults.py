@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from graft_client.client import ApiError, Client
 from tests.conftest import Valkey
 from tests.e2e.conftest import MESSAGES, tiny_environment
-from tests.service import Service
+from tests.service import Service, wait_until
 
 # Long enough to be hit in the middle, short enough to wait for.
 SLOW = {
@@ -46,13 +46,6 @@ def undisturbed(service: Service, dataset: str) -> dict:
         *_, job = client.watch(client.create_job({"dataset_id": dataset, **SLOW})["id"])
     assert job["status"] == "succeeded", service.logs()
     return job
-
-
-def wait_until(true: Callable[[], object], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.05)
 
 
 def weights(client: Client, job: dict) -> str:

@@ -113,7 +113,7 @@ def test_the_preview_shows_the_batches_of_the_trainer(
     )
     rows = rows_of(Run(model, spec, source, None, None, tmp_path), contract, context=2048)
     precision = base_model.settle(spec.quantization)
-    settled = plan.resolved(spec, rows, device=assembly.device_choices(precision))
+    settled = plan.resolved(spec, rows, assembly.device_choices(precision))
     loaded = assembly.with_adapter(base_model.load(model, precision), settled)
     trainer = assembly.trainer_of(loaded, settled, precision, contract, rows, tmp_path / "out")
     fed = []

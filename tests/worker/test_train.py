@@ -1,6 +1,5 @@
 """The worker's part of a job where the database or the storage plays tricks, without a trainer."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,6 @@ from core.control.db import Session, Sessions
 from core.control.tables import Adapter, Job, JobStatus
 from core.errors import Fenced
 from core.hashes import describe
-from core.ml.catalogue import Catalogue
-from core.settings import Settings
-from core.storage import Storage
 from tests.control import rows
 from worker import reports, train
 from worker.context import Context
@@ -39,18 +35,6 @@ class LosesAnswers:
         if self.times:
             self.times -= 1
             raise OperationalError("COMMIT", {}, Exception("server closed the connection"))
-
-
-@pytest.fixture
-def project_id(sessions: Sessions) -> str:
-    return rows.project(sessions)
-
-
-@pytest.fixture
-def context(sessions: Sessions, tmp_path: Path) -> Context:
-    settings = Settings(home=tmp_path / "home")
-    storage = Storage(settings.storage)
-    return Context(settings, sessions, storage, Catalogue(tmp_path, {}), "worker_1", threading.Event())
 
 
 @pytest.fixture

@@ -54,6 +54,8 @@ _FORM = {
     ]
 }
 _ROLES_FORM = {"roles": {"NAME OF WHO ASKS": "user", "NAME OF WHO ANSWERS": "assistant"}}
+# Columns that are no question and answer: a preference's, and those of a message that lost its list.
+_NO_PAIR = {"id", "chosen", "rejected", "role", "content", "from", "value"}
 _CONTEXTS = ("context", "passage", "document", "schema", "background", "input")
 
 
@@ -218,7 +220,7 @@ def _table_mapping(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> 
     answer = next((lower[name] for name in _ANSWERS if name in lower), None)
     if columns and (len(columns) == 1 or (answer is None and "text" in lower)):
         return {"text": f"{{{lower.get('text', columns[0])}}}"}
-    if answer is None and len(columns) == 2 and not {"id", "chosen", "rejected"} & lower.keys():
+    if answer is None and len(columns) == 2 and not _NO_PAIR & lower.keys():
         answer = columns[1]  # a table of two: first what is asked, then what is answered
     if answer is None:
         return None

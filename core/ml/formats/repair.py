@@ -78,7 +78,8 @@ def examine(
     repair = None
     if report.error_count:
         # Where no row is as the report says, the rows it saw were parts of others.
-        repair = _written(file, target, limits, kind, mapping, report.detection)
+        if report.detection is not None:
+            repair = _written(file, target, limits, kind, mapping, report.detection)
         repair = repair or _written(file, target, limits, kind, mapping)
     elif report.detection:
         mapping = report.detection.mapping

@@ -135,7 +135,7 @@ def _examples(
             read_row = reader(found.format, found.mapping)
             known = _known_columns(found)
         if later:
-            report.columns += later.intersection(row.values)
+            report.columns += [name for name in row.values if name in later]
             later.difference_update(row.values)
         try:
             example = read_row(row.values)

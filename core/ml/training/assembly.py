@@ -18,18 +18,15 @@ from core.ml.prompts import Contract
 from core.ml.training import plan
 from core.ml.training.config import Spec
 from core.ml.training.data import Rows
+from core.ml.training.plan import DeviceChoices
 
 # trl scores only the positions with a label on a GPU, but every position on a CPU, where nine of ten
 # cost time and change nothing. This is its switch between the two; a test holds both to one result.
 trl.trainer.utils._use_triton = lambda _device: True
 
 
-def device_choices(precision: Precision) -> dict[str, Any]:
-    """What this device decides of a plan."""
-    return {
-        "compute_dtype": precision.dtype,
-        "gradient_checkpointing": base_model.device().type == "cuda",
-    }
+def device_choices(precision: Precision) -> DeviceChoices:
+    return DeviceChoices(precision.dtype, gradient_checkpointing=base_model.device().type == "cuda")
 
 
 def with_adapter(model: Any, spec: Spec) -> PeftModel:

@@ -6,10 +6,12 @@ No torch: the API counts with it what a job would use.
 import hashlib
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from core.errors import BadRequest
+import numpy as np
+
+from core.errors import BadRequest, GraftError
 from core.ml import prompts
 from core.ml.formats import validate
 from core.ml.formats.chat.example import Example
@@ -21,6 +23,7 @@ from core.ml.training.run import Run, Source
 AUTO_LENGTH = 2048
 _IGNORED = -100
 _NAMED = 10
+_VALIDATION = "In the validation data set"
 
 LabelledIds = dict[str, list[int]]
 
@@ -59,8 +62,8 @@ class Rows:
     """
 
     data: Tokenised
-    train: list[int]
-    held_back: list[int]
+    train: Sequence[int]
+    held_back: Sequence[int]
     valid: Tokenised | None
     in_both: list[int]
 
@@ -77,40 +80,55 @@ class Rows:
         return len(self.valid.lines) if self.valid else len(self.held_back)
 
 
-def rows_of(run: Run, contract: Contract, *, context: int) -> Rows:
-    """The rows of a run, tokenised and divided. `context` are the tokens that the model reads.
+def rows_of(run: Run, contract: Contract, *, context: int, keep: bool = True) -> Rows:
+    """The rows of a run, tokenised and divided; without `keep` only counted. `problems` judges them.
 
-    Raises:
-        BadRequest: as `tokenise`, `check` and `divided`.
-    """
-    data = tokenise(run.train, contract, context=context, training=run.spec.training)
-    check(data, run.spec.training)
-    valid = None
-    if run.valid is not None:
-        try:
-            valid = tokenise(run.valid, contract, context=context, training=run.spec.training)
-            check(valid, run.spec.training)
-        except BadRequest as error:
-            raise error.within("In the validation data set") from error
-    return divided(data, valid, run.fraction, run.spec.seed)
-
-
-def divided(data: Tokenised, valid: Tokenised | None, fraction: float | None, seed: int) -> Rows:
-    """Training and validation rows. Raises BadRequest `validation_empty`."""
-    if valid is not None:
-        return Rows(data, list(range(len(data.lines))), [], valid, _shared(data, valid))
-    train, held_back = _split(data, fraction, seed) if fraction else (list(range(len(data.lines))), [])
-    return Rows(data, train, held_back, None, [])
-
-
-def tokenise(
-    source: Source, contract: Contract, *, context: int, training: Training, keep: bool = True
-) -> Tokenised:
-    """Every row as it will be trained; without `keep` only the counts. What is wrong with them, `problems` says.
+    `context` are the tokens that the model reads.
 
     Raises:
         BadRequest: `max_length_too_long`, and what `prompts.encode` refuses, with the line.
     """
+    training = run.spec.training
+    data = _tokenised(run.train, contract, context, training, keep)
+    if run.valid is not None:
+        try:
+            valid = _tokenised(run.valid, contract, context, training, keep)
+        except BadRequest as error:
+            raise error.within(_VALIDATION) from error
+        return Rows(data, range(len(data.lines)), [], valid, _shared(data, valid))
+    if run.fraction is not None:
+        return Rows(data, *_split(data, run.fraction, run.spec.seed), None, [])
+    return Rows(data, range(len(data.lines)), [], None, [])
+
+
+def checked_rows(run: Run, contract: Contract, *, context: int) -> Rows:
+    """`rows_of`; raises the first of their `problems`, too."""
+    rows = rows_of(run, contract, context=context)
+    if found := problems(rows, run):
+        raise found[0]
+    return rows
+
+
+def problems(rows: Rows, run: Run) -> list[GraftError]:
+    """Why these rows cannot be trained: `row_too_long` (policy error), `eos_not_trained` (more than 1 % of the
+    rows never show the end of an answer), `no_trained_tokens`, `validation_empty`."""
+    training = run.spec.training
+    found: list[GraftError] = [*_problems(rows.data, training)]
+    if rows.valid is not None:
+        found += [problem.within(_VALIDATION) for problem in _problems(rows.valid, training)]
+    if run.fraction is not None and rows.data.trained_tokens and not (rows.train and rows.held_back):
+        found.append(
+            BadRequest(
+                "validation_empty",
+                f"A validation fraction of {run.fraction} leaves one side of {len(rows.data.lines)} rows empty.",
+                param="validation.fraction",
+                hint="Use more rows or another fraction.",
+            )
+        )
+    return found
+
+
+def _tokenised(source: Source, contract: Contract, context: int, training: Training, keep: bool) -> Tokenised:
     limit = min(AUTO_LENGTH, context) if training.max_length == "auto" else training.max_length
     if limit > context:
         raise BadRequest(
@@ -135,46 +153,30 @@ def tokenise(
     return made
 
 
-def check(made: Tokenised, training: Training) -> None:
-    """Raise the first of the `problems`."""
-    for problem in problems(made, training):
-        raise problem
-
-
-def problems(made: Tokenised, training: Training) -> list[BadRequest]:
-    """Why these rows cannot be trained: `row_too_long` (policy error), `eos_not_trained` (more than 1 % of the
-    rows never show the end of an answer), `no_trained_tokens`."""
-    found = []
+def _problems(made: Tokenised, training: Training) -> Iterator[BadRequest]:
     long = f"{_rows(made.dropped)} longer than {made.limit} tokens"
     if made.dropped and training.overlength != "drop":
         even_so = " even without their prompt" if training.overlength == "truncate" else ""
-        found.append(
-            BadRequest(
-                "row_too_long",
-                f"{long}{even_so} (lines {_some(made.dropped)}).",
-                param="training.max_length",
-                hint='Raise training.max_length, or set training.overlength to "drop" to leave these rows out.',
-            )
+        yield BadRequest(
+            "row_too_long",
+            f"{long}{even_so} (lines {_some(made.dropped)}).",
+            param="training.max_length",
+            hint='Raise training.max_length, or set training.overlength to "drop" to leave these rows out.',
         )
     if len(made.unfinished) > 0.01 * len(made.lines):
-        found.append(
-            BadRequest(
-                "eos_not_trained",
-                f"{len(made.unfinished)} of {len(made.lines)} rows do not train the end of the answer "
-                f"(lines {_some(made.unfinished)}), so the model would not learn to stop.",
-            )
+        yield BadRequest(
+            "eos_not_trained",
+            f"{len(made.unfinished)} of {len(made.lines)} rows do not train the end of the answer "
+            f"(lines {_some(made.unfinished)}), so the model would not learn to stop.",
         )
     if not made.trained_tokens:
-        found.append(
-            BadRequest(
-                "no_trained_tokens",
-                "No row is left that trains any token"
-                + (f": {long} (lines {_some(made.dropped)})." if made.dropped else "."),
-                param="training.max_length" if made.dropped else None,
-                hint="Raise training.max_length." if made.dropped else None,
-            )
+        yield BadRequest(
+            "no_trained_tokens",
+            "No row is left that trains any token"
+            + (f": {long} (lines {_some(made.dropped)})." if made.dropped else "."),
+            param="training.max_length" if made.dropped else None,
+            hint="Raise training.max_length." if made.dropped else None,
         )
-    return found
 
 
 def _encoded(
@@ -223,8 +225,8 @@ def _digest(content: bytes) -> int:
 
 
 def _shared(train: Tokenised, valid: Tokenised) -> list[int]:
-    known = set(train.keys)
-    return [line for line, key in zip(valid.lines, valid.keys, strict=True) if key in known]
+    shared = np.isin(np.frombuffer(valid.keys, np.uint64), np.frombuffer(train.keys, np.uint64))
+    return [valid.lines[place] for place in np.flatnonzero(shared)]
 
 
 def _split(data: Tokenised, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -234,13 +236,6 @@ def _split(data: Tokenised, fraction: float, seed: int) -> tuple[list[int], list
     for place, key in enumerate(data.prompt_keys):
         share = _digest(f"{seed} {key}".encode()) / 2**64
         (held_back if share < fraction else train).append(place)
-    if not train or not held_back:
-        raise BadRequest(
-            "validation_empty",
-            f"A validation fraction of {fraction} leaves one side of {len(data.lines)} rows empty.",
-            param="validation.fraction",
-            hint="Use more rows or another fraction.",
-        )
     return train, held_back
 
 

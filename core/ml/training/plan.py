@@ -1,14 +1,22 @@
 """From a spec and its rows to what will be done: nothing is left "auto". No torch."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from core.ml.training.config import Spec
 from core.ml.training.data import Rows
 
 # Line numbers that are named of each kind.
 _LISTED = 100
+
+
+@dataclass(frozen=True)
+class DeviceChoices:
+    """What the device decides of a spec."""
+
+    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    gradient_checkpointing: bool
 
 
 def total_steps(spec: Spec, rows: int) -> int:
@@ -20,21 +28,18 @@ def total_steps(spec: Spec, rows: int) -> int:
     return training.max_steps or math.ceil((training.epochs or 1) * per_epoch)
 
 
-def resolved(spec: Spec, rows: Rows, *, device: Mapping[str, Any]) -> Spec:
-    """The spec with what the rows decide, and with what the device does: {compute_dtype, gradient_checkpointing}.
-
-    Without a device those two stay "auto".
-    """
+def resolved(spec: Spec, rows: Rows, choices: DeviceChoices | None = None) -> Spec:
+    """The spec with what the rows decide, and with the choices of the device: without them those stay "auto"."""
     training, quantization = spec.training, spec.quantization
     changes: dict[str, Any] = {}
     if training.max_length == "auto":
         changes["max_length"] = rows.data.longest
     if training.loss_on == "auto":
         changes["loss_on"] = "all" if rows.data.texts else "assistant"
-    if training.gradient_checkpointing == "auto" and "gradient_checkpointing" in device:
-        changes["gradient_checkpointing"] = device["gradient_checkpointing"]
-    if "compute_dtype" in device:
-        quantization = quantization.model_copy(update={"compute_dtype": device["compute_dtype"]})
+    if choices is not None:
+        quantization = quantization.model_copy(update={"compute_dtype": choices.compute_dtype})
+        if training.gradient_checkpointing == "auto":
+            changes["gradient_checkpointing"] = choices.gradient_checkpointing
     every = spec.checkpoints.every_steps
     if every == "auto":
         every = min(max(total_steps(spec, len(rows.train)) // 5, 1), 50)

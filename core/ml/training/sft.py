@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
 from core.ml.training import assembly, plan, saving
-from core.ml.training.data import rows_of
+from core.ml.training.data import checked_rows
 from core.ml.training.reporter import Report, Reporter
 from core.ml.training.run import Run
 
@@ -38,9 +38,9 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     report("phase", phase="preparing")
     base_model.prepare(run.model)
     contract = contracts.load(run.model.path)
-    rows = rows_of(run, contract, context=catalogue.context(run.model))
+    rows = checked_rows(run, contract, context=catalogue.context(run.model))
     precision = base_model.settle(run.spec.quantization)
-    spec = plan.resolved(run.spec, rows, device=assembly.device_choices(precision))
+    spec = plan.resolved(run.spec, rows, assembly.device_choices(precision))
     total_steps = plan.total_steps(spec, len(rows.train))
     report("plan", spec=spec.model_dump(), total_steps=total_steps, **plan.counts(rows))
 

@@ -55,6 +55,7 @@ def read(items: Any, keys: messages.Keys = messages.OPENAI) -> Conversation:
         ([USER, BOTH, *[{**UNNAMED, "name": "look"}] * 3], "messages[4].name", "tool_without_call"),
         ([USER, BOTH, {**RESULT, "tool_call_id": "b"}], "messages[1].tool_calls[0]", "missing_result"),
         ([USER, BOTH, RESULT, USER], "messages[1].tool_calls[1]", "missing_result"),
+        ([USER, BOTH, {**RESULT, "tool_call_id": "b"}, USER, RESULT], "messages[2]", "misplaced_result"),
         ([USER, {**CALLS, "tool_calls": [CALL, CALL]}], "messages[1].tool_calls[1].id", "invalid_tool_call"),
     ],
 )
@@ -243,3 +244,9 @@ def test_other_fields_of_a_call_and_of_a_text_part_are_told() -> None:
 def test_a_content_that_is_no_text_is_called_as_json_calls_it(content: Any, word: str) -> None:
     with pytest.raises(RowError, match=f"is {word}"):
         read([{"role": "user", "content": content}, ASSISTANT])
+
+
+def test_ids_that_are_missing_do_not_meet_those_that_are_written() -> None:
+    calls = [{**CALL, "id": "call00001"}, {"function": FUNCTION}]
+    made = read([USER, {"role": "assistant", "tool_calls": calls}])
+    assert [call["id"] for call in made.turns[1]["tool_calls"]] == ["call00001", "call00002"]

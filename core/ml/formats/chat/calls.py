@@ -10,7 +10,7 @@ from core.ml.formats.chat.example import RowError, Turn, parsed
 # The fields of a call, and of its function. What streams of answers add says nothing.
 _CALL = {"id", "type", "function", "index"}
 _FUNCTION = {"name", "arguments"}
-_INDEX = re.compile(r"\[\d+\]")
+INDEX = re.compile(r"\[\d+\]")
 
 
 def tool_calls(where: str, value: Any, before: list[Turn], unread: set[str]) -> list[dict[str, Any]]:
@@ -18,15 +18,12 @@ def tool_calls(where: str, value: Any, before: list[Turn], unread: set[str]) -> 
     if not isinstance(value, list):
         raise RowError(where, "invalid_tool_call", f"{where} must be a list of calls.")
     number = sum(len(turn.get("tool_calls", ())) for turn in before)
+    given = {call.get("id") for call in value if isinstance(call, dict) and isinstance(call.get("id"), str)}
     made: list[dict[str, Any]] = []
     for j, call in enumerate(value):
         here = f"{where}[{j}]"
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if (
-            not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
-            or not function["name"]
-        ):
+        function = _function(call)
+        if function is None:
             raise RowError(here, "invalid_tool_call", f"{here} must name a function.")
         _note_unread(here, call, function, unread)
         arguments = function.get("arguments", {})
@@ -37,7 +34,9 @@ def tool_calls(where: str, value: Any, before: list[Turn], unread: set[str]) -> 
             raise RowError(f"{here}.function.arguments", "invalid_tool_call", message)
         call_id = call.get("id")
         # Nine characters: some templates take no other length.
-        call_id = call_id if isinstance(call_id, str) and call_id else f"call{number + j:05d}"
+        if not isinstance(call_id, str) or not call_id:
+            call_id = next(name for k in itertools.count(number + j) if (name := f"call{k:05d}") not in given)
+            given.add(call_id)
         if any(call_id == other["id"] for other in made):
             message = f'{here}.id "{call_id[:40]}" is the id of another call of the message.'
             raise RowError(f"{here}.id", "invalid_tool_call", message)
@@ -51,6 +50,14 @@ def tool_calls(where: str, value: Any, before: list[Turn], unread: set[str]) -> 
     return made
 
 
+def _function(value: Any) -> dict[str, Any] | None:
+    """The function of a call or a tool, bare or in OpenAI's wrapping; None where it has no name."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        return None
+    return function
+
+
 def _note_unread(here: str, call: dict[str, Any], function: dict[str, Any], unread: set[str]) -> None:
     """Fields of a call that are passed over. Without `arguments`, one of them is what they are called there."""
     known = _CALL | _FUNCTION if function is call else _CALL
@@ -61,7 +68,7 @@ def _note_unread(here: str, call: dict[str, Any], function: dict[str, Any], unre
         message = f'{here} has "{others[0][:60]}", but its function has no "arguments".'
         hint = 'Write what the function is called with as "arguments", an object or JSON in a text; {} for nothing.'
         raise RowError(here, "invalid_tool_call", message, hint)
-    unread.update(f"{_INDEX.sub('[]', here)}.{name[:60]}" for name in others)
+    unread.update(f"{INDEX.sub('[]', here)}.{name[:60]}" for name in others)
 
 
 def answered_call(where: str, result: Mapping[str, Any], before: list[Turn]) -> str:
@@ -109,7 +116,7 @@ def in_order_of_calls(turns: list[Turn], named: Callable[[int], str]) -> list[Tu
     Most templates write results without ids, so that their order alone says what they answer.
 
     Raises:
-        RowError: some of an answer's calls have results and others have none.
+        RowError: some of an answer's calls have results and others have none, or their order cannot be mended.
     """
     ordered = list(turns)
     ends = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"] + [len(turns)]
@@ -126,6 +133,13 @@ def in_order_of_calls(turns: list[Turn], named: Callable[[int], str]) -> list[Tu
                 "Add the result, or remove the call.",
             )
         results = sorted((turns[i] for i in places), key=lambda turn: calls.index(turn["tool_call_id"]))
+        if places and places[-1] - places[0] >= len(places) and results != [turns[i] for i in places]:
+            raise RowError(
+                named(places[0]),
+                "misplaced_result",
+                f"{named(places[0])} answers a later call than a result further on, and other messages are between.",
+                "Put the results into the order of their calls.",
+            )
         for i, turn in zip(places, results, strict=True):
             ordered[i] = turn
     return ordered
@@ -147,12 +161,8 @@ def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         raise RowError(column, "invalid_tools", f'"{column}" must be a list of functions.')
     made = []
     for j, tool in enumerate(value):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if (
-            not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
-            or not function["name"]
-        ):
+        function = _function(tool)
+        if function is None:
             raise RowError(
                 f"{column}[{j}]", "invalid_tools", f"{column}[{j}] must be a function with a name."
             )

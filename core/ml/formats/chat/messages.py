@@ -1,12 +1,11 @@
 """A list of messages to a checked conversation: OpenAI's form, ShareGPT's, and others by their key names."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from core.errors import nearest
-from core.ml.formats.chat.calls import answered_call, in_order_of_calls, tool_calls, tools_of
+from core.ml.formats.chat.calls import INDEX, answered_call, in_order_of_calls, tool_calls, tools_of
 from core.ml.formats.chat.example import Conversation, RowError, Turn, kind_of, parsed
 from core.strict_json import Number
 
@@ -35,7 +34,6 @@ MAX_MESSAGES = 1000
 _MEANINGFUL = ("train", "loss", "mask")
 _READ = {"name", "weight", "tool_calls", "tool_call_id", "function_call"}
 _PART = {"type", "text"}
-_INDEX = re.compile(r"\[\d+\]")
 
 
 class Keys(NamedTuple):
@@ -199,7 +197,7 @@ def _text(where: str, content: Any, may_be_none: bool, unread: set[str]) -> str:
             ):
                 parts.append(part["text"])
                 rest = [name for name, value in part.items() if name not in _PART and value is not None]
-                unread.update(f"{_INDEX.sub('[]', where)}[].{name[:60]}" for name in rest)
+                unread.update(f"{INDEX.sub('[]', where)}[].{name[:60]}" for name in rest)
             else:
                 kind = part.get("type") if isinstance(part, dict) else None
                 shown = f'"{kind[:40]}"' if isinstance(kind, str) else kind_of(part)

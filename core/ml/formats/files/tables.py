@@ -181,8 +181,8 @@ def parquet_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
             raise BadRequest("too_many_columns", message, param="file")
         if len(set(names)) < len(names):
             raise BadRequest("invalid_header", "Two columns of the file have the same name.", param="file")
-        # A dictionary is stored once, but every row may hold its longest text.
-        at_once = min(_BATCH, max(1, _BATCH_BYTES // max([1, *sizes])))
+        groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
+        at_once = max(1, min([_BATCH, *(_BATCH_BYTES // _row_bytes(group, texts) for group in groups)]))
         for batch in table.iter_batches(batch_size=at_once):
             for i in range(len(batch)):
                 number += 1
@@ -199,6 +199,17 @@ def parquet_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
             f"The file begins like Parquet but cannot be read{where}: {str(error).splitlines()[0][:200]}",
             "Write it again; it may be cut short.",
         ) from error
+
+
+def _row_bytes(group: Any, texts: list[str]) -> int:
+    """What a row of a group may take in memory: its share, or the whole of columns with dictionaries of their own.
+
+    A dictionary is stored once, but where it is not read as one, every row may hold its longest text.
+    """
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    folded: int = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema not in texts)
+    mean: int = group.total_byte_size // max(1, group.num_rows)
+    return max(1, folded, mean)
 
 
 def _values(row: Any) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from tests.service import wait_until
 from worker import maintenance, probe
 from worker.context import Context
 
+# The rows of both databases are tests/control's.
+pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 ROWS = b'{"prompt": "Hi", "completion": "Hello there"}\n' * 8
 
 

@@ -55,6 +55,7 @@ _FORM = {
 }
 _ROLES_FORM = {"roles": {"NAME OF WHO ASKS": "user", "NAME OF WHO ANSWERS": "assistant"}}
 # Columns that are no question and answer: a preference's, and those of a message that lost its list.
+_PREFERENCE = {"chosen", "rejected", "preferred_output", "non_preferred_output"}
 _NO_PAIR = {"id", "chosen", "rejected", "role", "content", "from", "value"}
 _CONTEXTS = ("context", "passage", "document", "schema", "background", "input")
 
@@ -175,16 +176,17 @@ def _mapping_hint(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> s
         form = {"messages": name, "role": "KEY OF THE SPEAKER", "content": "KEY OF THE TEXT"} | _ROLES_FORM
         return (
             f'If "{name}" holds the rows of the file, upload that list alone. If it holds messages, say in a mapping '
-            f"how they are written, in this form: {json.dumps(form)}"
+            f"how they are written, in this form: {json.dumps(form, ensure_ascii=False)}"
         )
     hint = "Say in a mapping which columns play which part"
-    example = json.dumps(made or _FORM)
+    example = json.dumps(made or _FORM, ensure_ascii=False)
     return f"{hint}, for example {example}" if len(example) <= _EXAMPLE else f"{hint}."
 
 
 def suggest(columns: Sequence[str], sample: Sequence[dict[str, Any]]) -> Mapping | None:
     """A mapping that most likely fits, and reads some of these rows; None where the columns do not say the answer."""
-    for name in columns:
+    # A preference's lists of messages are one answer each, without the question.
+    for name in () if len(_PREFERENCE.intersection(columns)) > 1 else columns:
         items = next((row[name] for row in sample if _objects(row.get(name))), None)
         if items and (made := _readable(_list_mapping(name, items), columns, sample)):
             return made

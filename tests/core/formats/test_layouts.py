@@ -196,6 +196,7 @@ NEAR_MISSES = [
     "Q: Hi\nA: Hello",
     "**User:** Hi\n**Assistant:** Hello",
     "<|user|>\nHi\n<|assistant|>\nHello",
+    "A chat. USER: Hi ASSISTANT: Hello</s>",
 ]
 
 

@@ -34,10 +34,11 @@ def filled(template: str, row: dict[str, Any]) -> str:
     ("template", "result"),
     [
         ("{a} and {b c}", "1 and {2}"),
-        ("{{a}} stays", "{a} stays"),
+        ("{{a}} stays for {a}", "{a} stays for 1"),
         ('Reply as {"key": {a}, "list": [{}]}', 'Reply as {"key": 1, "list": [{}]}'),
         ("function() { return 1; }", "function() { return 1; }"),
         ("{a}{a}", "11"),
+        ("\\boxed{{{a}}} {a}%", "\\boxed{1} 1%"),
         ("no place", "no place"),
         ("{Question (en)?}", "q"),
     ],
@@ -196,6 +197,21 @@ def test_a_place_of_no_column_is_refused_whatever_its_name() -> None:
     with pytest.raises(BadRequest, match='"question:en"') as caught:
         mappings.check(turns("{question:en}", "{a}"), ["question_en", "a"])
     assert 'Did you mean "question_en"? Write {{question:en}} for literal braces.' in str(caught.value.hint)
+
+
+def test_a_column_that_is_only_there_as_literal_text_is_refused() -> None:
+    with pytest.raises(BadRequest, match="literal text"):
+        mappings.check({"prompt": "{{q}}", "completion": "{a}"}, ["q", "a"])
+    mappings.check({"prompt": "{q} and {{q}}", "completion": "{a}"}, ["q", "a"])
+
+
+def test_places_and_messages_are_bounded() -> None:
+    for how in (
+        {"prompt": "{q}" * 300, "completion": "{a}"},
+        {"messages": [{"role": "user", "content": "{q}"}, {"role": "assistant", "content": "{a}"}] * 150},
+    ):
+        with pytest.raises(BadRequest, match="256"):
+            mappings.check(how, ["q", "a"])
 
 
 def test_a_column_in_other_letters_is_meant() -> None:

@@ -56,6 +56,7 @@ def read(items: Any, keys: messages.Keys = messages.OPENAI) -> Conversation:
         ([USER, BOTH, {**RESULT, "tool_call_id": "b"}], "messages[1].tool_calls[0]", "missing_result"),
         ([USER, BOTH, RESULT, USER], "messages[1].tool_calls[1]", "missing_result"),
         ([USER, BOTH, {**RESULT, "tool_call_id": "b"}, USER, RESULT], "messages[2]", "misplaced_result"),
+        ([USER, {**CALLS, "tool_calls": [FUNCTION] * 129}], "messages[1].tool_calls", "too_many_calls"),
         ([USER, {**CALLS, "tool_calls": [CALL, CALL]}], "messages[1].tool_calls[1].id", "invalid_tool_call"),
     ],
 )
@@ -65,7 +66,7 @@ def test_a_broken_conversation_says_where(items: Any, field: str, code: str) -> 
     assert (caught.value.field, caught.value.code) == (field, code)
 
 
-@pytest.mark.parametrize("arguments", ["{", "[]", 5, None])
+@pytest.mark.parametrize("arguments", ["{", "[]", 5])
 def test_arguments_of_a_call_are_an_object(arguments: Any) -> None:
     call = {"function": {"name": "f", "arguments": arguments}}
     with pytest.raises(RowError) as caught:
@@ -250,3 +251,12 @@ def test_ids_that_are_missing_do_not_meet_those_that_are_written() -> None:
     calls = [{**CALL, "id": "call00001"}, {"function": FUNCTION}]
     made = read([USER, {"role": "assistant", "tool_calls": calls}])
     assert [call["id"] for call in made.turns[1]["tool_calls"]] == ["call00001", "call00002"]
+
+
+def test_ids_may_be_numbers_or_empty_and_arguments_null() -> None:
+    for given in (7, "", None):
+        calls = [{"id": given, "function": {"name": "look", "arguments": None}}]
+        items = [USER, {"role": "assistant", "tool_calls": calls}, {**RESULT, "tool_call_id": given}]
+        made = read(items)
+        assert made.turns[2]["tool_call_id"] == made.turns[1]["tool_calls"][0]["id"]
+        assert made.turns[1]["tool_calls"][0]["function"]["arguments"] == {}

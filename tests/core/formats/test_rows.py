@@ -179,13 +179,35 @@ def test_a_weight_of_a_row_is_refused_even_if_it_is_zero() -> None:
     [
         ("[1, 2]", "[3]"),
         ("[not JSON", "[at all"),
-        ("Write it as messages", json.dumps([ASSISTANT])),
-        (json.dumps([USER]), "[]"),
+        ("[1, 2]", "three"),
         ('[{"a": 1}]', '[{"b": 1}]'),
     ],
 )
 def test_texts_that_are_not_both_lists_of_messages_stay_texts(prompt: str, completion: str) -> None:
     made = read("prompt_completion", {"prompt": prompt, "completion": completion})
+    assert [turn["content"] for turn in made.turns] == [prompt, completion]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "field"),
+    [
+        ("Write it as messages", json.dumps([ASSISTANT]), "completion"),
+        (json.dumps([USER]), "Hello", "prompt"),
+        (json.dumps([USER]), "[]", "prompt"),
+        (str([USER]), str([ASSISTANT]), "prompt"),
+        (json.dumps([USER]), json.dumps([ASSISTANT])[:-1] + ",]", "prompt"),
+    ],
+)
+def test_messages_written_into_a_text_are_not_trained_as_they_stand(
+    prompt: str, completion: str, field: str
+) -> None:
+    row = {"prompt": prompt, "completion": completion}
+    with pytest.raises(RowError) as caught:
+        read("prompt_completion", row)
+    assert (caught.value.field, caught.value.code) == (field, "invalid_json")
+    how = {"prompt": "{prompt}", "completion": "{completion}"}  # what the hint says
+    made = reader("mapping", how)(row)
+    assert isinstance(made, Conversation)
     assert [turn["content"] for turn in made.turns] == [prompt, completion]
 
 

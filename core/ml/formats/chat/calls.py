@@ -10,6 +10,9 @@ from core.ml.formats.chat.example import RowError, Turn, parsed
 # The fields of a call, and of its function. What streams of answers add says nothing.
 _CALL = {"id", "type", "function", "index"}
 _FUNCTION = {"name", "arguments"}
+# Calls of one message: more than any model is taught to make.
+MAX_CALLS = 128
+_ONE_MESSAGE = "Keep one result for each call, and write calls that are made together into one message."
 INDEX = re.compile(r"\[\d+\]")
 
 
@@ -17,8 +20,10 @@ def tool_calls(where: str, value: Any, before: list[Turn], unread: set[str]) -> 
     """Tool calls in transformers' form, the arguments as an object; names of other fields go into `unread`."""
     if not isinstance(value, list):
         raise RowError(where, "invalid_tool_call", f"{where} must be a list of calls.")
+    if len(value) > MAX_CALLS:
+        raise RowError(where, "too_many_calls", f"{where} has {len(value)} calls; {MAX_CALLS} are read.")
     number = sum(len(turn.get("tool_calls", ())) for turn in before)
-    given = {call.get("id") for call in value if isinstance(call, dict) and isinstance(call.get("id"), str)}
+    given = {_id(call.get("id")) for call in value if isinstance(call, dict)}
     made: list[dict[str, Any]] = []
     for j, call in enumerate(value):
         here = f"{where}[{j}]"
@@ -26,15 +31,17 @@ def tool_calls(where: str, value: Any, before: list[Turn], unread: set[str]) -> 
         if function is None:
             raise RowError(here, "invalid_tool_call", f"{here} must name a function.")
         _note_unread(here, call, function, unread)
-        arguments = function.get("arguments", {})
+        arguments = function.get("arguments")
+        if arguments is None:
+            arguments = {}
         if isinstance(arguments, str):
             arguments = parsed(arguments or "{}", f"{here}.function.arguments")
         if not isinstance(arguments, dict):
             message = f"{here}.function.arguments must be a JSON object."
             raise RowError(f"{here}.function.arguments", "invalid_tool_call", message)
-        call_id = call.get("id")
+        call_id = _id(call.get("id"))
         # Nine characters: some templates take no other length.
-        if not isinstance(call_id, str) or not call_id:
+        if call_id is None:
             call_id = next(name for k in itertools.count(number + j) if (name := f"call{k:05d}") not in given)
             given.add(call_id)
         if any(call_id == other["id"] for other in made):
@@ -58,13 +65,20 @@ def _function(value: Any) -> dict[str, Any] | None:
     return function
 
 
+def _id(value: Any) -> str | None:
+    """An id as text; None where there is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) and value else None
+
+
 def _note_unread(here: str, call: dict[str, Any], function: dict[str, Any], unread: set[str]) -> None:
     """Fields of a call that are passed over. Without `arguments`, one of them is what they are called there."""
     known = _CALL | _FUNCTION if function is call else _CALL
     others = [name for name, value in call.items() if name not in known and value is not None]
     if function is not call:
         others += [name for name, value in function.items() if name not in _FUNCTION and value is not None]
-    if others and "arguments" not in function:
+    if others and function.get("arguments") is None:
         message = f'{here} has "{others[0][:60]}", but its function has no "arguments".'
         hint = 'Write what the function is called with as "arguments", an object or JSON in a text; {} for nothing.'
         raise RowError(here, "invalid_tool_call", message, hint)
@@ -83,11 +97,14 @@ def answered_call(where: str, result: Mapping[str, Any], before: list[Turn]) -> 
             answered.add(turn["tool_call_id"])
     if not calls:
         raise RowError(
-            where, "tool_without_call", f"{where} is a tool's result, but nothing before it calls a tool."
+            where,
+            "tool_without_call",
+            f"{where} is a tool's result, but nothing before it calls a tool.",
+            'Write the call as tool_calls. One that is written in a text needs a mapping that says "roles": {"tool": "user"}.',
         )
     # Results of legacy functions and of other programs have no ids, but often the function's name.
-    key = "tool_call_id" if result.get("tool_call_id") is not None else "name"
-    given = result.get(key)
+    call_id = _id(result.get("tool_call_id"))
+    key, given = ("name", result.get("name")) if call_id is None else ("tool_call_id", call_id)
     if key == "tool_call_id":
         meant = [name for name in calls if name == given]
     else:
@@ -100,13 +117,13 @@ def answered_call(where: str, result: Mapping[str, Any], before: list[Turn]) -> 
         message = (
             f"{shown} is answered already." if given else f"{shown} answers no call: all have their results."
         )
-        raise RowError(field, "tool_without_call", message, "Keep one result.")
+        raise RowError(field, "tool_without_call", message, _ONE_MESSAGE)
     known = [calls[name] if key == "name" else name for name in calls]
     raise RowError(
         field,
         "tool_without_call",
         f"{shown} is the {'name' if key == 'name' else 'id'} of no call before it.",
-        f"Open calls: {', '.join(known[:5])}.",
+        f"Open calls: {', '.join(known[:5])}. {_ONE_MESSAGE}",
     )
 
 

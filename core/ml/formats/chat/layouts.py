@@ -44,12 +44,12 @@ def _marks(headings: str, lines: str, others: str) -> re.Pattern[str]:
 _ASKED = _marks(
     f"{_ASKERS}|input|problem",
     f"{_ASKERS}|q",
-    r"\[inst\]|<\|user\|>|<start_of_turn>user|<\|start_header_id\|>user",
+    r"\[inst\]|<\|user\|>|<start_of_turn>user|<\|start_header_id\|>user|(?-i:\bUSER: )",
 )
 _ANSWERED = _marks(
     f"{_ANSWERERS}|output|solution|model",
     f"{_ANSWERERS}|a",
-    r"\[/inst\]|<\|assistant\|>|<start_of_turn>model|<\|start_header_id\|>assistant",
+    r"\[/inst\]|<\|assistant\|>|<start_of_turn>model|<\|start_header_id\|>assistant|(?-i:\bASSISTANT: )",
 )
 _START = re.compile(r"\s*(?:<s>|<\|begin_of_text\|>)?\s*")
 

@@ -18,11 +18,15 @@ from core.ml.formats.chat.example import Conversation, Example, RowError, Turn, 
 Mapping = dict[str, Any]
 # Characters of one message that a mapping makes: more than any model reads.
 MAX_TURN = 4 * 1024**2
-# {name} is a place, {{name}} a literal {name}. What begins with a space or a quotation mark, as code and JSON do,
+# {name} is a place, {{name}} a literal {name}, {{{name}}} a place in literal braces. What begins with a space or a quotation mark, as code and JSON do,
 # or goes over lines is no name. The columns have no say in it: a row without one must not change the text around.
 _NAME = r"""[^\s{}"'][^{}\r\n]*"""
-_PLACE = re.compile(rf"\{{\{{({_NAME})\}}\}}|\{{({_NAME})\}}")
+_PLACE = re.compile(
+    rf"\{{\{{\{{(?P<braced>{_NAME})\}}\}}\}}|\{{\{{(?P<literal>{_NAME})\}}\}}|\{{(?P<place>{_NAME})\}}"
+)
 _BRACES = re.compile(r"\{([^{}]+)\}")
+# Places and messages that a mapping may have: each costs time in every row.
+_MAX_PLACES = 256
 # Characters of a name that a message shows.
 _SHOWN = 60
 _FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})
@@ -40,6 +44,14 @@ def check(mapping: Any, columns: Iterable[str]) -> None:
     for where, column in _named(mapping):
         if column not in known:
             raise _unknown(where, column, list(known))
+    named = {column for _, column in _named(mapping)}
+    for where, template in _templates(mapping):
+        for place in _PLACE.finditer(template):
+            if (column := place["literal"]) in known and column not in named:
+                raise _wrong(
+                    f"{where}: {{{{{column[:_SHOWN]}}}}} is the literal text {{{column[:_SHOWN]}}} in every row.",
+                    f"Write {{{column[:_SHOWN]}}} for what the column holds.",
+                )
     nameless = [column for column in known if not _is_name(column)]
     for where, template in _templates(mapping):
         if (left := next((name for name in nameless if f"{{{name}}}" in template), None)) is not None:
@@ -59,11 +71,17 @@ def check(mapping: Any, columns: Iterable[str]) -> None:
 
 def _is_name(column: str) -> bool:
     place = _PLACE.fullmatch(f"{{{column}}}")
-    return place is not None and place[2] is not None
+    return place is not None and place["place"] is not None
 
 
 def check_form(mapping: Any) -> None:
     """Raise BadRequest `invalid_mapping` for what is no mapping of any table."""
+    _check_shape(mapping)
+    if len(_templates(mapping)) > _MAX_PLACES or sum(1 for _ in _named(mapping)) > _MAX_PLACES:
+        raise _wrong(f"A mapping may have {_MAX_PLACES} messages, and name columns {_MAX_PLACES} times.")
+
+
+def _check_shape(mapping: Any) -> None:
     form = next((f for f in _FORMS if isinstance(mapping, dict) and f <= mapping.keys()), None)
     if form is None:
         raise _wrong(_FORM)
@@ -130,9 +148,8 @@ def _named(mapping: Mapping) -> Iterator[tuple[str, str]]:
     if isinstance(mapping.get("messages"), str):
         yield "mapping.messages", _bare(mapping["messages"])
     for where, template in _templates(mapping):
-        for place in _PLACE.finditer(template):
-            if place[2] is not None:
-                yield where, place[2]
+        for column in _places(template):
+            yield where, column
 
 
 def in_braces(mapping: Mapping) -> set[str]:
@@ -153,8 +170,14 @@ def _unknown(where: str, name: str, columns: list[str]) -> BadRequest:
     )
 
 
+def _places(template: str) -> list[str]:
+    """The columns that a text names, in order."""
+    found = (place["place"] or place["braced"] for place in _PLACE.finditer(template))
+    return [column for column in found if column]
+
+
 def _check_varies(where: str, template: str) -> None:
-    if not any(place.group(2) for place in _PLACE.finditer(template)):
+    if not _places(template):
         raise _wrong(
             f"{where} must name a column, or every row would train the same answer.",
             "Write a column's name in single braces: {column}.",
@@ -216,11 +239,13 @@ def _bare(column: str) -> str:
 
 def _filler(template: str) -> Callable[[dict[str, Any]], str]:
     """The function from a row to the template's text. A value is never read as a template."""
-    names = [place[2] for place in _PLACE.finditer(template) if place[2]]
-    form = _PLACE.sub(lambda place: f"{{{place[1]}}}" if place[1] else "%s", template.replace("%", "%%"))
+    names = _places(template)
+    distinct = dict.fromkeys(names)
+    form = _PLACE.sub(_slot, template.replace("%", "%%"))
 
     def fill(row: dict[str, Any]) -> str:
-        values = [text_of(row, name) for name in names]
+        texts = {name: text_of(row, name) for name in distinct}
+        values = [texts[name] for name in names]
         size = len(template) + sum(map(len, values))
         if size > MAX_TURN:
             message = f"The mapping makes a message of {size} characters of this row; {MAX_TURN} are read."
@@ -228,3 +253,9 @@ def _filler(template: str) -> Callable[[dict[str, Any]], str]:
         return form % tuple(values)
 
     return fill
+
+
+def _slot(place: re.Match[str]) -> str:
+    if place["literal"]:
+        return f"{{{place['literal']}}}"
+    return "{%s}" if place["braced"] else "%s"

@@ -143,7 +143,7 @@ def _turn(i: int, item: Any, keys: Keys, before: list[Turn], unread: set[str]) -
     content = item.get(keys.content)
     if role == "call":
         return _call_turn(f"{keys.column}[{i}].{keys.content}", content, before, unread)
-    calls = item.get("tool_calls")
+    calls = item.get("tool_calls") or None
     if legacy := item.get("function_call"):
         if calls:
             where = f"{keys.column}[{i}].function_call"
@@ -168,7 +168,7 @@ def _extras(
         if not isinstance(name, str):
             raise RowError(f"{where}.name", "not_text", f"{where}.name is not text.")
         turn["name"] = name
-    if calls is not None and calls != []:
+    if calls is not None:
         if turn["role"] != "assistant":
             raise RowError(
                 f"{where}.tool_calls", "misplaced_field", f"{where} has tool_calls but is no assistant's."
@@ -176,7 +176,7 @@ def _extras(
         turn["tool_calls"] = tool_calls(f"{where}.tool_calls", calls, before, unread)
     if turn["role"] == "tool":
         turn["tool_call_id"] = answered_call(where, item, before)
-    elif item.get("tool_call_id") is not None:
+    elif item.get("tool_call_id") not in (None, ""):
         raise RowError(
             f"{where}.tool_call_id", "misplaced_field", f"{where} has a tool_call_id but is no tool's."
         )
@@ -224,11 +224,11 @@ def _unknown_role(i: int, item: dict[str, Any], keys: Keys) -> RowError:
     if keys.role not in item:
         other = {"role": ("from", "value"), "from": ("role", "content")}.get(keys.role)
         hint = None
-        if other and other[0] in item:
+        if other and other[0] in item and keys.column not in ("prompt", "completion"):
             given: dict[str, Any] = {"messages": keys.column, "role": other[0], "content": other[1]}
             if other[0] == "from":
                 given["roles"] = {"human": "user", "gpt": "assistant"}
-            hint = f"Pass mapping={json.dumps(given)}."
+            hint = f"Pass mapping={json.dumps(given, ensure_ascii=False)}."
         return RowError(where, "unknown_role", f"{where} is missing.", hint)
     named = item[keys.role]
     shown = (named if isinstance(named, str) else json.dumps(named))[:40]
@@ -236,7 +236,7 @@ def _unknown_role(i: int, item: dict[str, Any], keys: Keys) -> RowError:
     meant = SHAREGPT_ROLES.get(named, "call") if isinstance(named, str) else "call"
     if keys.roles is OPENAI_ROLES and meant != "call":
         roles = {"human": "user", "gpt": "assistant"} | {named: meant}
-        mapping = json.dumps({"messages": keys.column, "roles": roles})
+        mapping = json.dumps({"messages": keys.column, "roles": roles}, ensure_ascii=False)
         return RowError(where, "unknown_role", message, f'Write "{meant}", or pass mapping={mapping}.')
     near = nearest(shown.lower(), keys.roles)
     return RowError(where, "unknown_role", message, f'Did you mean "{near}"?' if near else None)

@@ -1,5 +1,6 @@
 """A row of a known format to the example that is trained."""
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ COLUMNS: dict[Format, frozenset[str]] = {
 _MEANINGFUL = ("system", "tools", "functions", "history", "weight")
 # How self-instruct writes that an instruction has no input.
 _NO_INPUT = "<noinput>"
+
+# How JSON and Python begin a list of messages.
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']""")
 
 Reader = Callable[[dict[str, Any]], Example]
 
@@ -68,7 +72,7 @@ def _sharegpt(row: dict[str, Any]) -> Example:
 
 def _prompt_completion(row: dict[str, Any]) -> Example:
     prompt, completion = row.get("prompt"), row.get("completion")
-    if type(prompt) is type(completion) is str and prompt.lstrip()[:1] == completion.lstrip()[:1] == "[":
+    if type(prompt) is type(completion) is str and "[" in (prompt.lstrip()[:1], completion.lstrip()[:1]):
         prompt, completion = _both_lists(prompt, completion)
     if not isinstance(prompt, list) and not isinstance(completion, list):
         turns = [
@@ -93,13 +97,34 @@ def _prompt_completion(row: dict[str, Any]) -> Example:
 
 
 def _both_lists(prompt: str, completion: str) -> tuple[Any, Any]:
-    """Both parts as the lists of messages that their texts hold; as they are where one of them holds none."""
+    """Both parts as the lists of messages that their texts hold; as they are where neither looks like one.
+
+    Raises:
+        RowError: `invalid_json`, one looks like messages that a program wrote into a text, and cannot be read so.
+    """
+    parts = {"prompt": prompt, "completion": completion}
+    lists = [_messages(text) for text in parts.values()]
+    if all(lists):
+        return lists[0], lists[1]
+    for name, text in parts.items():
+        if _MESSAGES.match(text):
+            raise RowError(
+                name,
+                "invalid_json",
+                f'"{name}" looks like a list of messages, but prompt and completion are not both such lists in JSON.',
+                'Write both as lists; or pass mapping={"prompt": "{prompt}", "completion": "{completion}"} to train '
+                "the texts as they stand.",
+            )
+    return prompt, completion
+
+
+def _messages(text: str) -> Any:
     try:
-        lists = [strict_json.loads(text, depth=strict_json.DEPTH) for text in (prompt, completion)]
+        items = strict_json.loads(text, depth=strict_json.DEPTH)
     except JsonError:
-        return prompt, completion
-    chats = all(isinstance(item, dict) and "role" in item for items in lists for item in items)
-    return (lists[0], lists[1]) if all(lists) and chats else (prompt, completion)
+        return None
+    chats = isinstance(items, list) and all(isinstance(item, dict) and "role" in item for item in items)
+    return items if chats else None
 
 
 def _alpaca(row: dict[str, Any]) -> Example:

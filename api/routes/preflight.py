@@ -23,6 +23,8 @@ from core.ml.training.run import Run, Source
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
 _POLL_SECONDS = 0.2
+# A request that takes longer is given up by many clients and proxies.
+_COUNT_SECONDS = 60.0
 
 
 @router.post("/preflight")
@@ -54,10 +56,18 @@ def preflight(body: JobCreate, services: ServicesDep, caller: CallerDep) -> Pref
         )
         try:
             rows = data.rows_of(
-                run, contracts.load_cached(base.path), context=catalogue.context(base), keep=False
+                run,
+                contracts.load_cached(base.path),
+                context=catalogue.context(base),
+                count_until=time.monotonic() + _COUNT_SECONDS,
             )
         except BadRequest as error:
             answer.problems = [Problem.of(error)]
+        except TimeoutError:
+            answer.not_measured = (
+                f"The rows are so many or so long that they are not counted within {_COUNT_SECONDS:g} s."
+            )
+            return answer
         else:
             _count(answer, run, rows)
     if answer.problems:

@@ -52,7 +52,7 @@ class Problem(BaseModel):
 
 class PreflightOut(BaseModel):
     """`ok`: nothing that was looked at would make the job fail. What could not be measured is null, and
-    `not_measured` says why; what the device decides of `spec` is "auto" then."""
+    `not_measured` says why, as it does where rows are too many to be counted; what the device decides of `spec` is "auto" then."""
 
     object: Literal["preflight"] = "preflight"
     ok: bool

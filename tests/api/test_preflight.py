@@ -163,3 +163,11 @@ def test_a_worker_is_asked_only_while_it_has_nothing_to_do(api: Api, monkeypatch
     assert (found["ok"], found["not_measured"]) == (True, "No worker answered within 0.5 seconds.")
     rows.job(api.sessions, api.project_id)
     assert asked(api, [pair(0)])["not_measured"] == "No worker is free."
+
+
+@only_sqlite
+def test_a_data_set_that_takes_too_long_to_count_is_said(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.routes.preflight._COUNT_SECONDS", 0)
+    found = asked(api, [pair(0)])
+    assert (found["ok"], found["rows"], found["tokens"], found["total_steps"]) == (True, None, None, None)
+    assert "not counted within 0 s" in found["not_measured"]

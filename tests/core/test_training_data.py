@@ -1,6 +1,7 @@
 """Rows to token ids and labels."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,13 @@ def test_rows_in_both_files_are_named(contract: Contract, tmp_path: Path) -> Non
 
 def test_without_keeping_them_rows_are_only_counted(contract: Contract, tmp_path: Path) -> None:
     run = run_of(source(tmp_path, [("a", "b"), ("c", "d")]), fraction=0.5)
-    kept, counted = (data.rows_of(run, contract, context=512, keep=keep) for keep in (True, False))
+    kept = data.rows_of(run, contract, context=512)
+    counted = data.rows_of(run, contract, context=512, count_until=time.monotonic() + 60)
     assert counted.data.examples == []
     assert len(kept.data.examples) == 2
     assert (counted.data.lengths, counted.train) == (kept.data.lengths, kept.train)
+    with pytest.raises(TimeoutError):
+        data.rows_of(run, contract, context=512, count_until=time.monotonic())
 
 
 def test_every_problem_is_listed(contract: Contract, tmp_path: Path) -> None:

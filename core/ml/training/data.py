@@ -4,6 +4,8 @@ No torch: the API counts with it what a job would use.
 """
 
 import hashlib
+import math
+import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -80,19 +82,20 @@ class Rows:
         return len(self.valid.lines) if self.valid else len(self.held_back)
 
 
-def rows_of(run: Run, contract: Contract, *, context: int, keep: bool = True) -> Rows:
-    """The rows of a run, tokenised and divided; without `keep` only counted. `problems` judges them.
+def rows_of(run: Run, contract: Contract, *, context: int, count_until: float | None = None) -> Rows:
+    """The rows of a run, tokenised and divided. `problems` judges them. `context` are the tokens that the model reads.
 
-    `context` are the tokens that the model reads.
+    With a moment `count_until` of `time.monotonic` they are only counted, and not after it.
 
     Raises:
         BadRequest: `max_length_too_long`, and what `prompts.encode` refuses, with the line.
+        TimeoutError: there were rows left to be counted.
     """
     training = run.spec.training
-    data = _tokenised(run.train, contract, context, training, keep)
+    data = _tokenised(run.train, contract, context, training, count_until)
     if run.valid is not None:
         try:
-            valid = _tokenised(run.valid, contract, context, training, keep)
+            valid = _tokenised(run.valid, contract, context, training, count_until)
         except BadRequest as error:
             raise error.within(_VALIDATION) from error
         return Rows(data, range(len(data.lines)), [], valid, _shared(data, valid))
@@ -128,7 +131,9 @@ def problems(rows: Rows, run: Run) -> list[GraftError]:
     return found
 
 
-def _tokenised(source: Source, contract: Contract, context: int, training: Training, keep: bool) -> Tokenised:
+def _tokenised(
+    source: Source, contract: Contract, context: int, training: Training, count_until: float | None
+) -> Tokenised:
     limit = min(AUTO_LENGTH, context) if training.max_length == "auto" else training.max_length
     if limit > context:
         raise BadRequest(
@@ -137,14 +142,14 @@ def _tokenised(source: Source, contract: Contract, context: int, training: Train
             param="training.max_length",
         )
     made = Tokenised(limit)
-    for line, encoded in _encoded(source, contract, training.loss_on, made):
+    for line, encoded in _encoded(source, contract, training.loss_on, made, count_until or math.inf):
         fitting = _fit(contract, line, encoded, training, made)
         if fitting is None:
             continue
         if not prompts.ends_trained(contract, fitting):
             made.unfinished.append(line)
         _add(made, line, fitting)
-        if keep:
+        if count_until is None:
             labels = [
                 token if trained else _IGNORED
                 for token, trained in zip(fitting.ids, fitting.trained, strict=True)
@@ -180,13 +185,15 @@ def _problems(made: Tokenised, training: Training) -> Iterator[BadRequest]:
 
 
 def _encoded(
-    source: Source, contract: Contract, loss_on: LossOn, made: Tokenised
+    source: Source, contract: Contract, loss_on: LossOn, made: Tokenised, until: float
 ) -> Iterator[tuple[int, Encoded]]:
     lines: deque[int] = deque()
 
     def examples() -> Iterator[Example]:
         with source.path.open("rb") as file:
             for line, example in validate.conversations(file, source.reading):
+                if time.monotonic() > until:
+                    raise TimeoutError
                 lines.append(line)
                 made.texts = made.texts or isinstance(example, str)
                 yield example

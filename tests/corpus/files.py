@@ -1,6 +1,7 @@
 """Files that are no data set at all, packed ones, and those of the wrong encoding."""
 
 import bz2
+import datetime
 import gzip
 import io
 import lzma
@@ -112,6 +113,8 @@ _OTHERS = [
         for n in range(6)
     ),
     _not_rows("pickle that runs a command", b"cos\nsystem\n(S'touch /tmp/owned'\ntR.", "pickle"),
+    _not_rows("pickle of a date", pickle.dumps(datetime.date(2024, 1, 1), 0), "pickle"),
+    _not_rows("table of one column with a space", b"Customer review\nGood food\n", "name without spaces"),
     _not_rows("gzip of a pickle", gzip.compress(pickle.dumps(_LISTED)), "pickle", "rows.jsonl.gz"),
     _not_rows("zip", _zip("rows.jsonl"), "zip archive"),
     _not_rows("empty zip", _zip(), "zip archive"),
@@ -170,6 +173,16 @@ _ENCODINGS = [
         5,
         "UTF-8",
         filename="rows.json",
+    ),
+    *(
+        bad(
+            f"{name} among UTF-8",
+            _ROWS + line(pair(4, prompt=text)).decode().encode(name),
+            "not_utf8",
+            4,
+            "UTF-8",
+        )
+        for name, text in {"cp1254": "Türkiye'ye hoş geldiniz", "cp1250": "Proszę", "cp1257": "māsa"}.items()
     ),
     bad("surrogate in bytes", _ROWS + b'{"prompt": "\xed\xa0\x80"}\n', "not_utf8", 4, "UTF-8"),
     bad("overlong UTF-8", _ROWS + b'{"prompt": "\xc0\xaf"}\n', "not_utf8", 4, "UTF-8"),

@@ -34,6 +34,13 @@ _LINES = [
     good("CRLF and blank lines", b"\r\n".join([_ONE, b"", b"  \t", _TWO, b""]), 2, "prompt_completion"),
     good("no final line end of a line", _ONE + b"\n" + _TWO, 2, "prompt_completion"),
     good("white space around", b"  " + _ONE + b"  \n\t" + _TWO, 2, "prompt_completion"),
+    bad(
+        "a row that breaks off among indented ones",
+        _ONE + b"\n" + _ONE[:-9] + b"\n" + (b" " + _TWO + b"\n") * 5,
+        "invalid_json",
+        2,
+        "goes on",
+    ),
     bad("lone carriage returns", _ONE + b"\r" + _TWO + b"\r", "invalid_json", 1, "CR alone"),
     bad(
         "a byte order mark in the middle",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from core import strict_json
+from core.ml.formats import tolerant
 from core.ml.formats.chat.messages import MAX_MESSAGES, SHAREGPT_ROLES
 from core.ml.formats.chat.rows import COLUMNS, Format
 
@@ -32,6 +33,9 @@ def row(values: dict[str, Any], kind: Format | None) -> dict[str, Any]:
     needed = _NEEDED[kind] if kind else frozenset().union(*_NEEDED.values())
     mended = _renamed(values, known, needed)
     for name in ("messages", "conversations"):
+        cell = mended.get(name)
+        if isinstance(cell, str) and isinstance(listed := tolerant.meant(cell, strict_json.DEPTH), list):
+            mended[name] = listed  # pandas writes a list so
         if isinstance(mended.get(name), list) and len(mended[name]) <= MAX_MESSAGES:
             mended[name] = [_message(item, name) for item in mended[name]]
     return mended

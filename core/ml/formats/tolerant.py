@@ -29,14 +29,22 @@ _PYTHON_ESCAPE = re.compile(r'\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 _NO_ESCAPE = "\\x"  # JSON has none of this name: the row is left out
 
-# What no text of a Western language holds in Windows-1252: rare signs, signs inside a word, four accents in a row,
-# a word of nothing but accents. That is another encoding, and nobody knows which.
-_ACCENT = rb"\x8a\x8c\x8e\x9a\x9c\x9e\x9f\xc0-\xd6\xd8-\xf6\xf8-\xff"
-_FOREIGN = re.compile(
-    rb"[\x81-\x83\x87-\x89\x8d\x8f\x90\x98\x9d]"
-    rb"|[a-zA-Z%b][\xa1-\xac\xae-\xb3\xb5\xb6\xb8-\xbf\xd7\xf7][a-zA-Z%b]"
-    rb"|[%b]{4}|(?<![a-zA-Z%b])[%b]{2,}(?![a-zA-Z%b])".replace(b"%b", _ACCENT)
+# What a row that is not UTF-8 may hold besides ASCII: what means the same wherever the row may come from. These
+# letters do in all of the code pages; these signs in all but the last, which has nothing in their place.
+_CODE_PAGES = ("cp1250", "cp1252", "cp1254", "cp1257", "iso8859-15")
+_MEANT = ({bytes([code]).decode(page, "replace") for page in _CODE_PAGES} for code in range(128, 256))
+_LETTERS = "".join(min(meant) for meant in _MEANT if len(meant) == 1 and min(meant).isalpha()).encode(
+    "cp1252"
 )
+_SIGNS = rb"\x80\x84\x85\x91-\x94\x96\x97"  # the euro sign, quotation marks, three dots and dashes
+# Another byte; or a word of such letters alone, or a quotation mark inside a word, as older code pages have them.
+_UNSURE = re.compile(
+    rb"[^\0-\x7f%l%s]|(?<![a-zA-Z%l])[%l]++(?![a-zA-Z])|(?<=[a-zA-Z])[\x84\x93\x94](?=[a-zA-Z])".replace(
+        b"%l", _LETTERS
+    ).replace(b"%s", _SIGNS)
+)
+# An object of these alone is a part of a conversation, not a row.
+_OF_MESSAGE = frozenset({"role", "content", "from", "value", "name", "tool_calls", "tool_call_id"})
 
 
 class Found(NamedTuple):
@@ -73,30 +81,72 @@ def _found(row: Row) -> Found:
     return Found(row.line, strict_json.dumps(values), values, exact=True)
 
 
+class _Line(NamedTuple):
+    number: int
+    fault: str
+    text: str
+
+
 def _joined(source: IO[bytes], limits: Limits) -> Iterator[Found]:
     """The rows of JSON Lines, the lines of an object over several of them as one."""
-    pending: list[str] = []  # the lines of an object that is not closed yet
-    start = size = opened = 0
-    amiss = ""
+    pending: list[_Line] = []  # the lines of an object that is not closed yet
+    size = opened = margin = 0
     for number, fault, line in _lines(source, limits):
-        if pending and (line is None or line.startswith("{") or size > limits.line_bytes):
-            yield Found(start, "\n".join(pending), None)
+        text = (line or "").strip()
+        indent = len(line or "") - len((line or "").lstrip())
+        # What an object holds stands further to the right than its beginning.
+        another = text.startswith("{") and indent <= margin
+        if pending and (line is None or another or size > limits.line_bytes):
+            yield from _apart(pending, limits)
             pending = []
         if line is None:
             yield Found(number, f"({fault})", None)
-        if not (text := (line or "").strip()):
+        if not text:
             continue
         if not pending:
-            start, size, opened, amiss = number, 0, 0, ""
-        pending.append(text)
+            size, opened, margin = 0, 0, indent
+        pending.append(_Line(number, fault, text))
         size += len(text)
         opened += _opened(text)
-        amiss = amiss or fault
-        if opened <= 0 or (text[0] not in "{[" and len(pending) == 1):
-            yield _read(start, amiss, pending, limits)
+        if opened <= 0 or (len(pending) == 1 and _is_whole(pending, limits)):
+            found = _read(pending, limits)
+            yield from [found] if found.values is not None else _apart(pending, limits)
             pending = []
-    if pending:
-        yield Found(start, "\n".join(pending), None)
+    yield from _apart(pending, limits)
+
+
+def _is_whole(alone: list[_Line], limits: Limits) -> bool:
+    """Whether a line is no beginning of an object, for all the braces in its strings."""
+    text = alone[0].text
+    return text[0] not in "{[" or (
+        text.rstrip(", ").endswith("}") and _read(alone, limits).values is not None
+    )
+
+
+def _apart(pending: list[_Line], limits: Limits) -> Iterator[Found]:
+    """The lines of what is no object together: those that are rows by themselves, and what lies between them."""
+    lost: list[_Line] = []
+    for line in pending:
+        if line.text.startswith("{"):
+            found = _read([line], limits)
+            if found.values is not None and not found.values.keys() <= _OF_MESSAGE:
+                yield from _lost(lost)
+                yield found
+                lost = []
+                continue
+        lost.append(line)
+    yield from _lost(lost)
+
+
+def _lost(lines: list[_Line]) -> Iterator[Found]:
+    if lines:
+        amiss = _amiss(lines)
+        text = "\n".join(line.text for line in lines)
+        yield Found(lines[0].number, f"({amiss}) {text}" if amiss else text, None)
+
+
+def _amiss(lines: list[_Line]) -> str:
+    return next((line.fault for line in lines if line.fault), "")
 
 
 def _lines(source: IO[bytes], limits: Limits) -> Iterator[tuple[int, str, str | None]]:
@@ -110,7 +160,7 @@ def _lines(source: IO[bytes], limits: Limits) -> Iterator[tuple[int, str, str | 
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
             fault = "not UTF-8"
-            if _FOREIGN.search(raw):
+            if _UNSURE.search(raw):
                 yield number, f"{fault}: {raw[:1000].decode('utf-8', 'replace').strip()}", None
                 continue
             text = raw.decode("cp1252")
@@ -130,12 +180,13 @@ def _opened(line: str) -> int:
     return bare.count("{") - bare.count("}")
 
 
-def _read(line: int, amiss: str, parts: list[str], limits: Limits) -> Found:
-    text = "\n".join(parts)
+def _read(lines: list[_Line], limits: Limits) -> Found:
+    text = "\n".join(line.text for line in lines)
     values = _strict(text, limits)
-    if values is not None and not amiss and len(parts) == 1:
-        return Found(line, text, values, exact=True)
-    return Found(line, f"({amiss}) {text}" if amiss else text, values or _meant(text, limits))
+    amiss = _amiss(lines)
+    if values is not None and not amiss and len(lines) == 1:
+        return Found(lines[0].number, text, values, exact=True)
+    return Found(lines[0].number, f"({amiss}) {text}" if amiss else text, values or _meant(text, limits))
 
 
 def _strict(text: str, limits: Limits) -> dict[str, Any] | None:
@@ -147,15 +198,18 @@ def _strict(text: str, limits: Limits) -> dict[str, Any] | None:
 
 
 def _meant(text: str, limits: Limits) -> dict[str, Any] | None:
-    text = text.rstrip(",")
+    value = meant(text.rstrip(","), limits.depth)
+    return value if isinstance(value, dict) else None
+
+
+def meant(text: str, depth: int) -> Any:
+    """What a text holds that is JSON but for needless commas, or as Python prints it; None where it is neither."""
     for tidied in (str, _without_commas, _from_python):
         try:
-            value = strict_json.loads(tidied(text), depth=limits.depth)
+            return strict_json.loads(tidied(text), depth=depth)
         except JsonError as error:
             if error.code == "duplicate_key":
                 return None  # nobody knows which of them is meant
-            continue
-        return value if isinstance(value, dict) else None
     return None
 
 

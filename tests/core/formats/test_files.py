@@ -1,5 +1,7 @@
 """Which kind a file is, by its content; packed files; and the bounds of a whole file."""
 
+import collections
+import datetime
 import gzip
 import io
 import json
@@ -57,6 +59,16 @@ from tests.core.formats.given import GOOD, problems, read_all
         (b'{"data": [{"a": 1}\n{"data": [{"a": 2}]}\n', "jsonl"),
         (b'{\n "messages": [\n  {"role": "user"}\n ]\n}\n', "jsonl"),
         (b"PAR1", "parquet"),
+        (b"content\nfoo\n(bar baz)\n", "csv"),
+        (b"comment\nfine\n(Very good)\n(test).", "csv"),
+        (b"c\np1\np2\n(text)\n", "csv"),
+        (b'prompt\tcompletion\n{"q": "v"}\t{"k": "v"}\n', "csv"),
+        (b'prompt,completion\n{"q": "v"},{"k": "v"}\n', "csv"),
+        (b'prompt\tcompletion\n{"q": "' + b"x" * 5000 + b'"}\tb\n', "csv"),
+        (b'prompt,completion\n{"q": "' + b"x" * 5000 + b'"},b\n', "csv"),
+        (b"prompt,completion\n{'prompt': 'a', 'completion': 'b'}\n", "jsonl"),
+        (b'"Die Frage\n(de)";"Antwort"\na;b\n', "csv"),
+        (b'"prompt": "a, "completion": "b"}\n' + GOOD, "jsonl"),
     ],
 )
 def test_the_content_says_which_kind_a_file_is(data: bytes, kind: str) -> None:
@@ -79,6 +91,10 @@ def wrong_kinds() -> list[Any]:
         pytest.param(pickle.dumps({"a": 1}, protocol=2), "pickle", id="pickle 2"),
         pytest.param(pickle.dumps({"a": 1}, protocol=1), "pickle", id="pickle 1"),
         pytest.param(b"cos\nsystem\n(S'id'\ntR.", "pickle", id="pickle 0"),
+        pytest.param(pickle.dumps(collections.OrderedDict(a=1), 0), "pickle", id="pickle 0 of a dict"),
+        pytest.param(pickle.dumps(datetime.date(2024, 1, 1), 0), "pickle", id="pickle 0 of a date"),
+        pytest.param(pickle.dumps(Limits(), 0), "pickle", id="pickle 0 of an object"),
+        pytest.param(pickle.dumps(Limits, 0), "pickle", id="pickle 0 of a class"),
         pytest.param(b"<!DOCTYPE html>\n<title>Log in, please</title>", "HTML", id="doctype"),
         pytest.param(b"  <html lang=en>, hello", "HTML", id="html"),
         pytest.param(b"<p>Access denied, sorry</p>", "HTML", id="paragraph"),
@@ -114,6 +130,15 @@ def test_other_kinds_are_refused_by_name(data: bytes, what: str) -> None:
         assert what in caught.value.message
         assert caught.value.param == "file"
         assert caught.value.hint
+
+
+@pytest.mark.parametrize("data", [b"Customer review\nGood food\n", b'"Customer review"\n"Good food"\n'])
+def test_a_single_column_whose_name_holds_a_space_says_what_to_do(data: bytes) -> None:
+    try:
+        hint = read_all(data)[0][2][2]  # type: ignore[index]
+    except BadRequest as error:
+        hint = error.hint
+    assert "a name without spaces" in str(hint)
 
 
 @pytest.mark.parametrize("data", [b"", b"\n \r\n\t", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])

@@ -1,5 +1,6 @@
 """What is proposed for a file with errors: a mapping, or its rows as they should have been written."""
 
+import csv
 import gzip
 import io
 import json
@@ -150,6 +151,22 @@ def test_a_row_that_is_left_out_of_a_table_is_shown_by_its_fault() -> None:
     found, _ = examine(b"prompt,completion\na,b\nc\n")
     assert found.repair is not None
     assert found.repair.diff == "@@ line 3 @@\n-(The row has 1 fields, the header 2.)\n"
+
+
+@pytest.mark.parametrize("good", [[], [json.dumps([USER, ASSISTANT])]])
+def test_a_list_that_pandas_wrote_into_a_table_as_python_prints_it_is_read(good: list[str]) -> None:
+    odd = [
+        {"role": "user", "content": 'it\'s\n "Hi", True'},
+        {"role": "gpt", "content": "Hello", "name": None},
+    ]
+    file = io.StringIO()
+    csv.writer(file).writerows([["messages"], [odd], [str([USER, ASSISTANT])], *([cell] for cell in good)])
+    found, rows = examine(file.getvalue().encode())
+    first = [odd[0], {"role": "assistant", "content": "Hello", "name": None}]
+    assert [sorted_items(item) for item in rows[0]["messages"]] == [sorted_items(item) for item in first]
+    assert rows[1:] == [{"messages": [USER, ASSISTANT]}, *({"messages": cell} for cell in good)]
+    assert found.repair is not None
+    assert (found.repair.changed, found.repair.left_out) == (2, 0)
 
 
 def test_what_is_wrong_with_a_mapping_is_not_hidden_by_another_one() -> None:

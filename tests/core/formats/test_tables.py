@@ -41,6 +41,14 @@ def test_csv_header_with_a_line_break_moves_the_rows() -> None:
     assert [row.line for row in table(b'"a\nb",c\n1,2\n')] == [3]
 
 
+def test_the_separator_may_stand_behind_a_line_break_in_a_name() -> None:
+    data = b'\n"Frage\n(de, kurz)";"Ant\nwort"\na;b\n"c\nd";e\n'
+    expected = [(5, "a", "b"), (6, "c\nd", "e")]
+    assert [(row.line, *row.values.values()) for row in read_all(data)] == expected
+    assert list(read_all(data)[0].values) == ["Frage\n(de, kurz)", "Ant\nwort"]
+    assert [row.line for row in table(b'5" disk,name\na,b\nc,d\n')] == [2, 3]
+
+
 def test_blank_lines_before_the_header_are_passed_over() -> None:
     assert [(row.line, row.values) for row in table(b"\xef\xbb\xbf\r\n\n a;b\n1;2\n")] == [
         (4, {"a": "1", "b": "2"})

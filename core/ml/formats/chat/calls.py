@@ -104,6 +104,8 @@ def answered_call(where: str, result: Mapping[str, Any], before: list[Turn]) -> 
         )
     # Results of legacy functions and of other programs have no ids, but often the function's name.
     call_id = _id(result.get("tool_call_id"))
+    if call_id is None and result.get("tool_call_id") not in (None, ""):
+        raise RowError(f"{where}.tool_call_id", "tool_without_call", f"{where}.tool_call_id is not text.")
     key, given = ("name", result.get("name")) if call_id is None else ("tool_call_id", call_id)
     if key == "tool_call_id":
         meant = [name for name in calls if name == given]

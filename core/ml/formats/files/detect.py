@@ -6,7 +6,7 @@ import re
 
 from core.errors import BadRequest
 from core.ml.formats.files.rows import FileType, unsupported, without_marks
-from core.ml.formats.files.tables import separators
+from core.ml.formats.files.tables import first_record, separators
 
 HEAD = 4096
 GZIP = b"\x1f\x8b"
@@ -44,7 +44,12 @@ _OTHERS_WITH_NUL = {
     b"FEA1": "a Feather file",
     b"RIFF": "a picture, a film or a sound",
 }
-_PICKLE = re.compile(rb"\x80[\x02-\x05]|[}\])]q\x00|\((?:dp|lp)\d|c[\w.]+\n[\w.]+\n(?:\(|p\d+\n)")
+_PICKLE = re.compile(rb"\x80[\x02-\x05]|[}\])]q\x00|\((?:dp|lp)\d")
+# One in text that begins with a class, what is done with it, and the full stop at its end.
+_CLASS = rb"c[\w.]+\n[\w.]+\n"
+_PICKLED_CLASS = re.compile(
+    _CLASS + rb"(?:p\d+\n)?(?:\.|\(+(?:" + _CLASS + rb"|S['\"]|[FIL][\d.-]+L?\n|V[^\n]*\np\d|[dlt](?:R|p\d)))"
+)
 _MARKUP = re.compile(
     rb"<(?:!doctype|html|head|body|title|meta|script|div|h\d|p|pre|center|svg|error|\?xml|!--)[\s>-]|<!doctype",
     re.IGNORECASE,
@@ -57,6 +62,8 @@ _DOCUMENT = re.compile(
 # The beginning of a row in JSON or Python, and the end of one.
 _OBJECT = re.compile(r"\s*\{\s*[\"']")
 _FRAGMENT = re.compile(r"""["']\s*:.*\},?\s*$""")
+# Several names, as nobody would write a sentence.
+_NAMES_OF_COLUMNS = re.compile(r'"?[^\W\d][\w .-]*"?(?:[,;\t|]"?[^\W\d][\w .-]*"?)+')
 _NAMES = {
     "jsonl": "jsonl",
     "ndjson": "jsonl",
@@ -103,7 +110,7 @@ def _refuse_others(head: bytes) -> None:
         if head.startswith(magic):
             hint = "Save it as UTF-8." if "UTF-" in what else None
             raise unsupported(f"The file is {what}, not JSON Lines, a JSON array, CSV or Parquet.", hint)
-    if _PICKLE.match(head):
+    if _PICKLE.match(head) or (_PICKLED_CLASS.match(head) and (len(head) >= HEAD or head.endswith(b"."))):
         raise unsupported("The file is a Python pickle, which can run code when it is read, so it never is.")
     if head[_SAFETENSORS_HEADER:].startswith(b'{"') and b"\0" in head[:_SAFETENSORS_HEADER]:
         raise unsupported("The file is a safetensors file: weights, not rows.")
@@ -139,22 +146,36 @@ def _refuse_document(start: bytes) -> None:
 
 def _is_table(start: bytes, *, cut: bool) -> bool:
     """Several names, or a single one; else it is most likely JSON Lines with a broken first line."""
-    first, *more = start.decode("utf-8", "replace").splitlines()
-    following = [line for line in more if line.strip()]
-    if any(map(_is_object, following)) or _FRAGMENT.search(first):
+    lines = start.decode("utf-8", "replace").splitlines()
+    header = "\n".join(first_record(iter(lines)))
+    following = [line for line in lines[header.count("\n") + 1 :] if line.strip()]
+    if any(map(_is_object, following)) or _FRAGMENT.search(lines[0]):
         return False
+    header = header.strip()
     if following and _OBJECT.match(following[0]):
         last = cut and len(following) == 1
-        if last or _FRAGMENT.search(following[0]):
+        if (last or _FRAGMENT.search(following[0])) and not _is_cell(following[0], header, cut=last):
             return False
-    header = first.strip()
     if separators(header):
         return True
     if not re.fullmatch(r'"?[^\W\d]\w*"?|\'[^\']*\'', header) or header in ("null", "true", "false"):
         if re.match(r"[^\W\d]|[#*]", header) and header[:4] not in ("null", "true", "fals"):
-            raise unsupported("The file is plain text, not rows.")
+            raise unsupported(
+                "The file is plain text, not rows.",
+                "If it is CSV with a single column, give that a name without spaces, such as text, in the first line; "
+                "or upload JSON Lines (one JSON object a line).",
+            )
         return False
     return b"\n" in start
+
+
+def _is_cell(row: str, header: str, *, cut: bool) -> bool:
+    """Whether a row that begins like an object is one of a table, whose separator stands behind that object."""
+    if not _NAMES_OF_COLUMNS.fullmatch(header):
+        return False
+    if (mark := separators(header)[0]) == ",":
+        return cut or _is_object(row[: row.find("},") + 1])
+    return cut or mark in row
 
 
 def _is_object(line: str | bytes) -> bool:

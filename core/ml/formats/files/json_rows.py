@@ -70,12 +70,10 @@ def _unreadable(number: int, raw: bytes, error: UnicodeDecodeError | JsonError) 
 def _row(line: int, value: object, limits: Limits) -> Row:
     if not isinstance(value, dict):
         name = {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
-        return broken(
-            line,
-            "not_an_object",
-            f"The row is a JSON {name}, not an object.",
-            'Each row must be an object such as {"messages": […]}.',
-        )
+        hint = 'Each row must be an object such as {"messages": […]}.'
+        if name == "string" and line == 1:
+            hint += " If the file is CSV with a single column, give that a name without spaces, such as text."
+        return broken(line, "not_an_object", f"The row is a JSON {name}, not an object.", hint)
     if len(value) > limits.columns:
         return broken(
             line, "too_many_columns", f"The row has {len(value)} columns; {limits.columns} are read.", None

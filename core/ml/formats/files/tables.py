@@ -1,9 +1,10 @@
 """CSV and Parquet to rows."""
 
 import csv
+import itertools
 import math
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import IO, Any
 
 from core import strict_json
@@ -21,6 +22,7 @@ from core.ml.formats.files.rows import (
 
 _SEPARATORS = ",;\t|"
 _SPACED_QUOTE = re.compile(r'[ \t]+"')
+_HEADER = 4096  # characters
 _BATCH = 256
 # What a batch of Parquet rows may take.
 _BATCH_BYTES = 256 * 1024**2
@@ -34,8 +36,9 @@ def csv_rows(file: IO[bytes], limits: Limits) -> Generator[Row]:
     try:
         while (first := next(source, "")) and not first.strip():
             start += 1
-        source.given_back = first
-        marks = separators(first)
+        record = first_record(itertools.chain([first], source))
+        source.given_back = record[::-1]
+        marks = separators("".join(record))
         reader = csv.reader(source, delimiter=marks[0] if marks else ",", strict=True)
         header = [name.strip() for name in next(reader, [])]
         if (wrong := _wrong_header(first.strip(), header, marks, limits)) is not None:
@@ -114,6 +117,18 @@ def _record(line: int, header: list[str], values: list[str], written: list[str],
     return Row(line, dict(zip(header, values, strict=True)))
 
 
+def first_record(lines: Iterator[str]) -> list[str]:
+    """The lines of the header: a name in quotes may hold line breaks, but not many."""
+    found: list[str] = []
+    for line in lines:
+        found.append(line)
+        parts = "".join(found).split('"')
+        # An odd number of marks, the last of which begins a name: it goes on in the next line.
+        if len(parts) % 2 or parts[-2][-1:] not in _SEPARATORS or sum(map(len, found)) > _HEADER:
+            break
+    return found
+
+
 def separators(header: str) -> str:
     """What divides a header: the most frequent of comma, semicolon, tab and bar outside quotes; several in a tie."""
     bare = "".join(header.split('"')[::2])
@@ -129,7 +144,8 @@ class _Lines:
     """The decoded lines of a file. `line` counts them; those of one `record` are bounded together."""
 
     def __init__(self, file: IO[bytes], line_bytes: int) -> None:
-        self.file, self.line_bytes, self.given_back = file, line_bytes, ""
+        self.file, self.line_bytes = file, line_bytes
+        self.given_back: list[str] = []  # the last of them first
         self.line = 0
         self.new_record()
 
@@ -142,8 +158,7 @@ class _Lines:
 
     def __next__(self) -> str:
         if self.given_back:
-            text, self.given_back = self.given_back, ""
-            return text
+            return self.given_back.pop()
         raw = self.file.readline(self.line_bytes + 1)
         if not raw:
             raise StopIteration

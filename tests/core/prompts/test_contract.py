@@ -12,6 +12,7 @@ from core.ml import prompts
 from core.ml.formats.chat.example import Conversation, Turn
 from core.ml.prompts import Contract
 from tests import templates, tiny
+from tests.core.prompts.conftest import with_template
 
 TALK = [
     Turn(role="system", content="Be brief."),
@@ -24,16 +25,6 @@ WITHOUT_END = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def contract(tiny_model: Path) -> Contract:
-    return contracts.load(tiny_model)
-
-
-def with_template(folder: Path, template: str | None) -> Path:
-    tiny.tokenizer(template).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(

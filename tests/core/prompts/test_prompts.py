@@ -12,6 +12,7 @@ from core.ml import prompts
 from core.ml.formats.chat.example import Conversation, Turn
 from core.ml.prompts import Contract, Encoded
 from tests import templates, tiny
+from tests.core.prompts.conftest import with_template
 
 FIRST = [
     Turn(role="system", content="Be brief."),
@@ -33,16 +34,6 @@ STRICT = (
     "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     + tiny.TEMPLATE
 )
-
-
-@pytest.fixture(scope="module")
-def contract(tiny_model: Path) -> Contract:
-    return contracts.load(tiny_model)
-
-
-def with_template(folder: Path, template: str | None) -> Path:
-    tiny.tokenizer(template).save_pretrained(folder)
-    return folder
 
 
 def trained_spans(contract: Contract, encoded: Encoded) -> list[str]:

@@ -90,6 +90,8 @@ def inspect(
     _check_request(kind, mapping)
     limits = limits or Limits()
     file_type, packed = read.identify(file)
+    if packed:
+        read.check_unpacked(file, limits)
     report = Report(file_type, packed)
     findings = Findings()
     with closing(read.rows(file, file_type, packed, limits)) as rows:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pickle
+import time
 import zipfile
 import zlib
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from core.errors import BadRequest
+from core.ml.formats import validate
 from core.ml.formats.files import detect, read
 from core.ml.formats.files.rows import Limits
 from tests.core.formats.given import GOOD, problems, read_all
@@ -245,3 +247,11 @@ def test_columns_and_nesting_of_a_row_are_bounded(open_: bytes) -> None:
     assert problems(read_all(open_ % wide, Limits(columns=2))) == [(1, "too_many_columns")]
     assert problems(read_all(open_ % deep, Limits(depth=3))) == [(1, "too_deep")]
     assert problems(read_all(open_ % deep, Limits(depth=4))) == []
+
+
+def test_a_bomb_of_good_rows_is_refused_before_they_are_read() -> None:
+    packed = gzip.compress(GOOD.ljust(63) + b"\n", 9) + gzip.compress((GOOD.ljust(63) + b"\n") * 3_000_000, 9)
+    began = time.process_time()
+    with pytest.raises(BadRequest, match="200 times"):
+        validate.inspect(io.BytesIO(packed))
+    assert time.process_time() - began < 5  # its rows take half a minute

@@ -24,7 +24,7 @@ def beating(context: Context, attempt: Attempt) -> Iterator[None]:
         while not over.wait(settings.heartbeat_seconds):
             try:
                 with context.sessions.begin() as session:
-                    attempt.cancel = attempts.renew(session, job.id, job.fence, settings.lease_seconds)
+                    attempt.asked = attempts.renew(session, job.id, job.fence, settings.lease_seconds)
             except Fenced:
                 attempt.fenced = True
                 return

@@ -8,7 +8,7 @@ from typing import Any
 
 from core.control import attempts, events
 from core.control.db import Session
-from core.control.tables import Job
+from core.control.tables import Asked, Job
 from worker import artifacts, child
 from worker.context import Context
 
@@ -30,7 +30,7 @@ class Attempt:
     stored: list[dict[str, Any]] = field(default_factory=list)
     outcome: tuple[str, dict[str, Any]] = ("crash", {})
     model_seconds: float = 0.0
-    cancel: bool = False
+    asked: Asked | None = None
     trainer: child.Child | None = None
     fenced: bool = False
     training: bool = False
@@ -58,7 +58,7 @@ def write(context: Context, attempt: Attempt) -> None:
             _record(session, attempt, kind, data, columns, metrics)
         if attempt.stored:
             columns["crashes"] = 0  # only attempts that come no further use the patience up
-        attempt.cancel = attempts.renew(
+        attempt.asked = attempts.renew(
             session, job.id, job.fence, context.settings.lease_seconds, metrics=metrics, **columns
         )
         for data in attempt.stored:

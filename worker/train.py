@@ -17,7 +17,7 @@ from typing import Any
 from core import log
 from core.control import attempts, events
 from core.control.db import DatabaseUnavailable, reading
-from core.control.tables import Adapter, Checkpoint
+from core.control.tables import Adapter, Asked, Checkpoint
 from core.errors import Fenced, GraftError
 from core.ml.training.run import Run
 from worker import artifacts, child, reports
@@ -148,10 +148,10 @@ def _supervise(
         waiting = attempt.reports or any(upload.done() for _, upload in attempt.uploads)
         if not waiting or _write_if_possible(context, attempt, written):
             written = time.monotonic()
-        if (attempt.cancel or context.stopping.is_set()) and not asked:
+        if (attempt.asked or context.stopping.is_set()) and not asked:
             asked = True
             trainer.tell("stop")
-        if attempt.cancel and not attempt.training:
+        if attempt.asked and not attempt.training:
             # Nothing is there to be saved yet, and loading a model can take long.
             trainer.kill()
             attempt.outcome = ("stopped", {})
@@ -228,7 +228,7 @@ def _end(context: Context, attempt: Attempt) -> None:
                 job.fence,
                 GraftError(data["code"], data["message"], hint=data["hint"]),
             )
-        elif kind == "stopped" and attempt.cancel:
+        elif kind == "stopped" and attempt.asked is Asked.CANCEL:
             attempts.cancelled(session, job.id, job.fence)
         elif kind == "stopped":
             attempts.release(

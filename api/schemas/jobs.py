@@ -68,7 +68,7 @@ class JobOut(BaseModel):
     progress: Progress
     queue: dict[str, int] | None
     model: str
-    dataset_id: str
+    dataset_id: str | None
     validation: dict[str, Any] | None
     spec: dict[str, Any]
     metrics: dict[str, float]

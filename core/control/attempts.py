@@ -15,7 +15,7 @@ from sqlalchemy import or_, select
 
 from core.control import events
 from core.control.db import Session, now_epoch, update_one
-from core.control.tables import Adapter, Job, JobStatus, utcnow
+from core.control.tables import Adapter, Asked, Job, JobStatus, utcnow
 from core.errors import Fenced, GraftError
 
 # Seconds until a crashed job may start again: at once, then longer and longer.
@@ -47,14 +47,14 @@ def claim(session: Session, job_id: str, owner: str, lease_seconds: float) -> Jo
     return job
 
 
-def renew(session: Session, job_id: str, fence: int, lease_seconds: float, **changes: Any) -> bool:
-    """Prolong the lease, together with other `changes` of columns; True when a cancel is asked for.
+def renew(session: Session, job_id: str, fence: int, lease_seconds: float, **changes: Any) -> Asked | None:
+    """Prolong the lease, together with other `changes` of columns; what a client asks of the job.
 
     Raises:
         Fenced: the job belongs to a newer claim, or is over.
     """
     _held(session, job_id, fence, lease_until=now_epoch() + lease_seconds, **changes)
-    return session.scalars(select(Job.cancel_requested).where(Job.id == job_id)).one()
+    return session.scalars(select(Job.asked).where(Job.id == job_id)).one()
 
 
 def succeed(session: Session, job_id: str, fence: int, adapter: Adapter) -> None:
@@ -114,7 +114,7 @@ def cancelled(session: Session, job_id: str, fence: int) -> None:
 
 def release(session: Session, job_id: str, fence: int, why: str) -> None:
     """Give the job back to the queue without counting a crash: the worker stops, not the job."""
-    if session.get_one(Job, job_id, populate_existing=True).cancel_requested:
+    if session.get_one(Job, job_id, populate_existing=True).asked is Asked.CANCEL:
         cancelled(session, job_id, fence)
         return
     _held(session, job_id, fence, **_queued_again(0))
@@ -125,7 +125,7 @@ def crash(session: Session, job_id: str, fence: int, why: str, *, code: str, max
     """The attempt broke off. The job goes on from its last checkpoint, unless it broke too often."""
     job = session.get_one(Job, job_id, populate_existing=True)
     crashes = job.crashes + 1
-    if job.cancel_requested:
+    if job.asked is Asked.CANCEL:
         cancelled(session, job_id, fence)
         return
     if crashes >= max_crashes:

@@ -6,7 +6,7 @@ from sqlalchemy import delete, func, select, update
 
 from core.control import events
 from core.control.db import Session
-from core.control.tables import FINISHED, Adapter, IdempotencyKey, Job, JobStatus, new_id, utcnow
+from core.control.tables import FINISHED, Adapter, Asked, IdempotencyKey, Job, JobStatus, new_id, utcnow
 from core.errors import Conflict, NotFound
 
 
@@ -123,8 +123,8 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
     if job.status == JobStatus.QUEUED:
         job.status, job.finished_at = JobStatus.CANCELLED, utcnow()
         events.add(session, job.id, "cancelled", "Job cancelled before it started.")
-    elif job.status == JobStatus.RUNNING and not job.cancel_requested:
-        job.cancel_requested = True
+    elif job.status == JobStatus.RUNNING and job.asked is not Asked.CANCEL:
+        job.asked = Asked.CANCEL
         events.add(
             session, job.id, "cancel_requested", "Cancel requested; the job stops after its current step."
         )

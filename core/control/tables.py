@@ -39,9 +39,22 @@ class Table(DeclarativeBase):
 class JobStatus(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+class JobKind(StrEnum):
+    TRAIN = "train"
+    EXPORT = "export"
+
+
+class Asked(StrEnum):
+    """What a client asked of a running job."""
+
+    CANCEL = "cancel"
+    PAUSE = "pause"
 
 
 FINISHED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
@@ -95,18 +108,26 @@ class Dataset(Table):
 
 
 class Job(Table):
-    """`fence` goes up by one with every claim; each write of a worker names the fence it holds."""
+    """`fence` goes up by one with every claim; each write of a worker names the fence it holds.
+
+    `recoveries` are the changes that the run made to its own spec to go on: {step, cause, changes}.
+    `preset` is {name, mode, diff, band}: what the caller's settings changed of it.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (Index("ix_jobs_status_created", "status", "created_at"),)
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    kind: Mapped[JobKind] = mapped_column(default=JobKind.TRAIN)
+    priority: Mapped[int] = mapped_column(default=0)
     name: Mapped[str]
     status: Mapped[JobStatus]
     phase: Mapped[str | None]
     model: Mapped[str]
-    dataset_id: Mapped[str]
+    dataset_id: Mapped[str | None]
+    preset: Mapped[Json | None]
     spec: Mapped[Json]
+    recoveries: Mapped[list[Json]] = mapped_column(default=list)
     labels: Mapped[Json]
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
@@ -122,7 +143,7 @@ class Job(Table):
     lease_until: Mapped[float | None]
     not_before: Mapped[float | None]
     sent_at: Mapped[float | None]
-    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    asked: Mapped[Asked | None]
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -171,6 +192,7 @@ class Adapter(Table):
     sha256: Mapped[str]
     files: Mapped[list[Json]]
     metrics: Mapped[Json]
+    certificate: Mapped[Json | None]
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
 
     @property
@@ -181,6 +203,25 @@ class Adapter(Table):
     def engine_name(self) -> str:
         """The adapter's name at the engine: it changes whenever the content does."""
         return f"{self.id}@{self.sha256[:12]}"
+
+
+class Export(Table):
+    """An adapter in another form, made by a job: merged weights or GGUF. `report` tells how near it is to the adapter."""
+
+    __tablename__ = "exports"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[str]
+    format: Mapped[str]
+    size: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str]
+    files: Mapped[list[Json]]
+    report: Mapped[Json]
+    created_at: Mapped[datetime] = mapped_column(default=utcnow)
+
+    @property
+    def key(self) -> str:
+        return f"adapters/{self.adapter_id}/exports/{self.id}"
 
 
 class Probe(Table):

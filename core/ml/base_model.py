@@ -30,9 +30,9 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Precision:
-    """How the base model is held: 4-bit blocks or plain, and the type of its arithmetic."""
+    """How the base model is held: 4-bit blocks, 8-bit rows or plain, and the type of its arithmetic."""
 
-    bits: Literal[4, 16]
+    bits: Literal[4, 8, 16]
     type: Literal["nf4", "fp4"]
     double_quant: bool
     dtype: Literal["bfloat16", "float16", "float32"]
@@ -45,6 +45,8 @@ class Precision:
 
     @property
     def slug(self) -> str:
+        if self.bits == 8:
+            return f"int8-{self.dtype}"
         return f"{self.type}{'-dq' if self.double_quant else ''}-{self.dtype}"
 
 
@@ -94,7 +96,7 @@ def _fetch(model: BaseModel) -> None:
 def load(model: BaseModel, precision: Precision) -> Any:
     """The causal language model, frozen precision applied, on the best device there is.
 
-    A 4-bit model is quantised once and read from the cache ever after, which is four times as fast
+    A quantised model is made once and read from the cache ever after, which is four times as fast
     and gives the same weights bit for bit.
     """
     prepare(model)
@@ -115,7 +117,8 @@ def _quantised(model: BaseModel, precision: Precision, cache: Path, options: dic
     if (cache / "config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(cache, **options)
     options["quantization_config"] = BitsAndBytesConfig(
-        load_in_4bit=True,
+        load_in_4bit=precision.bits == 4,
+        load_in_8bit=precision.bits == 8,
         bnb_4bit_quant_type=precision.type,
         bnb_4bit_use_double_quant=precision.double_quant,
         bnb_4bit_compute_dtype=precision.torch_dtype,

@@ -12,9 +12,10 @@ class Part(BaseModel):
 
 
 class Quantization(Part):
-    """The frozen base model's precision. 16 bits mean no quantisation: plain LoRA."""
+    """The frozen base model's precision. 16 bits mean no quantisation: plain LoRA; `type` and `double_quant`
+    are about 4 bits alone."""
 
-    bits: Literal[4, 16] = 4
+    bits: Literal[4, 8, 16] = 4
     type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

@@ -99,7 +99,7 @@ def test_foreign_ids_are_not_found_on_every_route(api: Api) -> None:
         datasets.get(session, other, ids["dataset_id"])
         adapters.get(session, other, ids["adapter_id"])
         assert jobs.get(session, other, ids["job_id"]).status == "queued"
-        assert jobs.get(session, other, ids["job_id"]).cancel_requested is False
+        assert jobs.get(session, other, ids["job_id"]).asked is None
 
 
 def test_foreign_ids_in_bodies_and_queries_are_not_found(api: Api) -> None:

@@ -6,7 +6,7 @@ from sqlalchemy.exc import IntegrityError
 
 from core.control import attempts, events, jobs
 from core.control.db import Sessions
-from core.control.tables import Adapter, Checkpoint, IdempotencyKey, JobEvent, JobMetric, JobStatus
+from core.control.tables import Adapter, Asked, Checkpoint, IdempotencyKey, JobEvent, JobMetric, JobStatus
 from core.errors import Conflict, GraftError, NotFound
 from tests.control import rows
 
@@ -42,12 +42,12 @@ def test_cancelling_a_running_job_asks_its_worker(sessions: Sessions, project_id
     job = rows.job(sessions, project_id)
     fence = rows.claimed(sessions, job.id).fence
     with sessions.begin() as session:
-        assert attempts.renew(session, job.id, fence, 60) is False
+        assert attempts.renew(session, job.id, fence, 60) is None
     for _ in range(2):
         with sessions.begin() as session:
             assert jobs.cancel(session, project_id, job.id).status == JobStatus.RUNNING
     with sessions.begin() as session:
-        assert attempts.renew(session, job.id, fence, 60) is True
+        assert attempts.renew(session, job.id, fence, 60) is Asked.CANCEL
         attempts.cancelled(session, job.id, fence)
     assert told(sessions, job.id) == ["created", "started", "cancel_requested", "cancelled"]
     ended = rows.read(sessions, job.id)
@@ -62,7 +62,7 @@ def test_a_job_that_has_ended_cannot_be_cancelled(sessions: Sessions, project_id
     with pytest.raises(Conflict) as caught, sessions.begin() as session:
         jobs.cancel(session, project_id, job.id)
     assert caught.value.code == "job_finished"
-    assert rows.read(sessions, job.id).cancel_requested is False
+    assert rows.read(sessions, job.id).asked is None
 
 
 def test_only_a_finished_job_is_deleted_and_takes_its_traces_along(

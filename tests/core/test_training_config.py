@@ -15,7 +15,7 @@ from core.ml.training.config import Spec, Training, settle
         {"lora": {"r": 257}},
         {"lora": {"alpha": 0}},
         {"lora": {"dropout": 1}},
-        {"quantization": {"bits": 8}},
+        {"quantization": {"bits": 3}},
         {"quantization": {"type": "int4"}},
         {"training": {"epochs": 0}},
         {"training": {"epochs": 101}},

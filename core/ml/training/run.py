@@ -18,7 +18,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Run:
-    """`work` is an empty folder of this run; `resume` a checkpoint folder known to be whole."""
+    """`work` is an empty folder of this run; `resume` a checkpoint folder known to be whole, `best` the one with the
+    lowest validation loss so far; `start` is the folder of the adapter to continue from."""
 
     model: BaseModel
     spec: Spec
@@ -27,3 +28,5 @@ class Run:
     fraction: float | None
     work: Path
     resume: Path | None = None
+    best: Path | None = None
+    start: Path | None = None

@@ -135,11 +135,11 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
 def _problem(item: dict[str, Any], model: Any) -> dict[str, Any]:
     place = _place(list(item["loc"]), model)
     field = ".".join(part[:60] for part in place) or "body"
-    text, hint = str(item["msg"]).removeprefix("Value error, "), None
+    text, hint = str(item["msg"]).removeprefix("Value error, "), _reason(place, model)
     text = text[0].lower() + text[1:]
     message = f'The field "{field}": {text}.'
     if item["type"] == "extra_forbidden":
-        message = f'There is no field "{field}".'
+        message, hint = f'There is no field "{field}".', None
         if near := nearest(place[-1], _fields_at(model, place[:-1])):
             hint = f'Did you mean "{".".join([*place[:-1], near])}"?'
     elif item["type"] == "missing":
@@ -160,6 +160,13 @@ def _place(location: list[Any], model: Any) -> list[str]:
         if isinstance(part, int) or _model_in(annotation) is not None or get_origin(annotation) is dict:
             place.append(str(part))
     return place
+
+
+def _reason(place: list[str], model: Any) -> str | None:
+    """What the field at this place is, in words: why its bounds are where they are."""
+    parent = _model_in(_annotation_at(model, place[:-1]))
+    field = getattr(parent, "model_fields", {}).get(place[-1]) if place else None
+    return field.description if field is not None else None
 
 
 def _fields_at(model: Any, place: list[str]) -> list[str]:

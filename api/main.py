@@ -15,7 +15,21 @@ from api.deps import Services
 from api.engine import Engine
 from api.middleware import RequestId
 from api.requests import LimitBody
-from api.routes import adapters, datasets, docs, generate, health, jobs, keys, models, preflight, preview
+from api.routes import (
+    adapters,
+    control,
+    datasets,
+    docs,
+    exports,
+    generate,
+    health,
+    jobs,
+    keys,
+    models,
+    preflight,
+    presets,
+    preview,
+)
 from core import log
 from core.control import db, projects, queue
 from core.control.tables import Role
@@ -54,7 +68,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app)
     app.add_middleware(LimitBody, upload_max_bytes=settings.upload_max_bytes)
     app.add_middleware(RequestId)
-    for module in (datasets, preview, preflight, jobs, adapters, generate, models, keys, docs, health):
+    for module in (
+        datasets,
+        preview,
+        preflight,
+        jobs,
+        control,
+        adapters,
+        exports,
+        generate,
+        models,
+        presets,
+        keys,
+        docs,
+        health,
+    ):
         app.include_router(module.router)
     return app
 

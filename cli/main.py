@@ -12,7 +12,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Column, Table
 
-from cli import data, show
+from cli import control, data, export, show
 from cli.connect import (
     HOME,
     URL,
@@ -37,6 +37,9 @@ app = typer.Typer(
     help="Fine-tune language models on your own machines.",
 )
 app.add_typer(data.app, name="data")
+app.add_typer(export.app, name="export")
+for command in (control.pause, control.resume, control.cancel, control.retry):
+    app.command()(command)
 
 
 @app.callback()
@@ -66,6 +69,9 @@ def train(
         ),
     ],
     model: Annotated[str | None, typer.Option(help="Base model; default: the service's.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Published run to start from, such as quick_cpu: see graft presets.")
+    ] = None,
     mapping: Mapping = None,
     format_: Format = "auto",
     validation: Annotated[
@@ -102,7 +108,8 @@ def train(
             }
         chosen = {"max_steps": steps, "epochs": epochs, "learning_rate": learning_rate}
         body["training"] = {field: value for field, value in chosen.items() if value is not None}
-        body |= {field: value for field, value in {"model": model, "name": name}.items() if value is not None}
+        said = {"model": model, "preset": preset, "name": name}
+        body |= {field: value for field, value in said.items() if value is not None}
         job = show.follow(console, client, client.create_job(body)["id"])
         show.outcome(console, job)
         if job["status"] != "succeeded":
@@ -133,6 +140,16 @@ def jobs(
                 "" if loss is None else f"{loss:.3f}",
                 ids,
             )
+    console.print(table)
+
+
+@app.command()
+def presets(url: Url = URL, key: Key = None, home: Home = HOME) -> None:
+    """List the published runs that `graft train --preset` takes."""
+    table = Table(Column("preset", no_wrap=True), "base model", "what it is", box=SIMPLE)
+    with connected(url, key, home) as client:
+        for preset in client.presets():
+            table.add_row(preset["id"], preset["model"] or "any", escape(preset["summary"]))
     console.print(table)
 
 

@@ -77,10 +77,10 @@ class StorageFull(GraftError):  # noqa: N818
 
 
 class OutOfMemory(GraftError):  # noqa: N818
-    def __init__(self) -> None:
+    def __init__(self, message: str = "The device has too little memory for this job.") -> None:
         super().__init__(
             "out_of_memory",
-            "The device has too little memory for this job.",
+            message,
             hint="Use a smaller training.batch_size, training.max_length or lora.r, or a smaller base model.",
         )
 

@@ -115,8 +115,29 @@ class Client:
         listed: list[Json] = self._call("GET", "/jobs", params={"limit": limit})["data"]
         return listed
 
+    def pause(self, job_id: str) -> Json:
+        return self._call("POST", f"/jobs/{job_id}/pause")
+
+    def resume(self, job_id: str) -> Json:
+        return self._call("POST", f"/jobs/{job_id}/resume")
+
     def cancel(self, job_id: str) -> Json:
         return self._call("POST", f"/jobs/{job_id}/cancel")
+
+    def retry(self, job_id: str, changes: Json | None = None) -> Json:
+        """A new attempt of a failed or cancelled job; `changes` are fields of its spec."""
+        return self._call("POST", f"/jobs/{job_id}/retry", json=changes or {})
+
+    def delete_job(self, job_id: str) -> Json:
+        return self._call("DELETE", f"/jobs/{job_id}")
+
+    def checkpoints(self, job_id: str) -> list[Json]:
+        listed: list[Json] = self._call("GET", f"/jobs/{job_id}/checkpoints")["data"]
+        return listed
+
+    def metrics(self, job_id: str) -> list[Json]:
+        listed: list[Json] = self._call("GET", f"/jobs/{job_id}/metrics")["data"]
+        return listed
 
     def events(self, job_id: str, limit: int = 100) -> list[Json]:
         listed: list[Json] = self._call("GET", f"/jobs/{job_id}/events", params={"limit": limit})["data"]
@@ -144,6 +165,10 @@ class Client:
         listed: list[Json] = self._call("GET", "/models")["data"]
         return listed
 
+    def presets(self) -> list[Json]:
+        listed: list[Json] = self._call("GET", "/presets")["data"]
+        return listed
+
     def adapters(self, limit: int = 20) -> list[Json]:
         listed: list[Json] = self._call("GET", "/adapters", params={"limit": limit})["data"]
         return listed
@@ -152,6 +177,26 @@ class Client:
         """Write the adapter's zip to `target`; a broken download leaves no file there."""
         with self._stream("GET", f"/adapters/{adapter_id}/download") as response:
             _write(response, target)
+
+    def export(self, adapter_id: str, format: str) -> Json:  # noqa: A002
+        """The job that writes an adapter as `merged` or `gguf`."""
+        return self._call("POST", f"/adapters/{adapter_id}/export", json={"format": format})
+
+    def exports(self, adapter_id: str, limit: int = 20) -> list[Json]:
+        listed: list[Json] = self._call("GET", f"/adapters/{adapter_id}/exports", params={"limit": limit})[
+            "data"
+        ]
+        return listed
+
+    def download_export(self, adapter_id: str, export_id: str, target: Path) -> None:
+        """Write the export's zip to `target`; a broken download leaves no file there."""
+        with self._stream("GET", f"/adapters/{adapter_id}/exports/{export_id}/download") as response:
+            _write(response, target)
+
+    def script(self, job_id: str, tool: str) -> str:
+        """The job's training for another tool: `trl`, `axolotl` or `llamafactory`."""
+        with self._stream("GET", f"/jobs/{job_id}/script", params={"as": tool}) as response:
+            return response.read().decode()
 
     def generate(self, **body: Any) -> Json:
         return self._call("POST", "/generate", json=body)

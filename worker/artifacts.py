@@ -16,13 +16,16 @@ from core.ml.training.config import Spec
 from core.ml.training.run import Run, Source
 from worker.context import Context
 
+# What a training needs of an adapter to continue from.
+_BEGINNING = ("adapter_config.json", "adapter_model.safetensors")
+
 
 def fetch_run(context: Context, asked: Job | Probe, work: Path) -> Run:
-    """What a job or a probe asks for, its data sets as files in `work`.
+    """What a job or a probe asks for, its data sets and the adapter it begins with as files in `work`.
 
     Raises:
-        NotFound: `dataset_not_found`, `model_not_found`.
-        GraftError: `dataset_damaged`.
+        NotFound: `dataset_not_found`, `adapter_not_found`, `model_not_found`.
+        GraftError: `dataset_damaged`, `adapter_damaged`.
     """
     spec = dict(asked.spec)
     validation = spec.pop("validation", None) or {}
@@ -31,6 +34,7 @@ def fetch_run(context: Context, asked: Job | Probe, work: Path) -> Run:
         valid = session.get(Dataset, validation["dataset_id"]) if validation.get("dataset_id") else None
     if train is None or (validation.get("dataset_id") and valid is None):
         raise NotFound("dataset_not_found", "The data set was deleted.")
+    begin = spec.get("continue_from")
     return Run(
         model=catalogue.find(context.catalogue, asked.model),
         spec=Spec.model_validate(spec),
@@ -38,7 +42,38 @@ def fetch_run(context: Context, asked: Job | Probe, work: Path) -> Run:
         valid=fetch_dataset(context, valid, work / "valid") if valid else None,
         fraction=validation.get("fraction"),
         work=work,
+        start=fetch_adapter(context, asked, begin, work / "start") if begin else None,
+        recoveries=tuple(asked.recoveries) if isinstance(asked, Job) else (),
     )
+
+
+def fetch_adapter(context: Context, asked: Job | Probe, adapter_id: str, folder: Path) -> Path:
+    """The weights and the configuration of an adapter to continue from.
+
+    Raises:
+        NotFound: `adapter_not_found`, for another project's adapter too.
+        GraftError: `adapter_damaged`.
+    """
+    with reading(context.sessions) as session:
+        row = session.get(Adapter, adapter_id)
+    # A probe belongs to no project: the API looked the adapter up in the caller's before it asked.
+    if row is None or (isinstance(asked, Job) and row.project_id != asked.project_id):
+        raise NotFound(
+            "adapter_not_found",
+            f"The adapter {adapter_id}, from which this job was to continue, is not there any more.",
+            hint="Post a job that continues from another adapter, or from none.",
+        )
+    for info in row.files:
+        if info["path"] not in _BEGINNING:
+            continue
+        context.storage.get(f"{row.key}/files/{info['path']}", folder / info["path"])
+        if sha256(folder / info["path"]) != info["sha256"]:
+            raise GraftError(
+                "adapter_damaged",
+                f"The stored {info['path']} of adapter {adapter_id} is not the one that was made.",
+                hint="Continue from another adapter.",
+            )
+    return folder
 
 
 def fetch_dataset(context: Context, dataset: Dataset, target: Path) -> Source:
@@ -75,6 +110,19 @@ def store_checkpoint(context: Context, job: Job, data: dict[str, Any]) -> None:
     shutil.rmtree(folder)
 
 
+def pack(folder: Path, paths: list[str], archive: Path) -> None:
+    """One zip of the files, stored as they are; a fixed date, so that the same files give the same bytes."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as target:
+        for path in paths:
+            entry = zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            with (
+                (folder / path).open("rb") as source,
+                target.open(entry, "w", force_zip64=True) as part,
+            ):
+                shutil.copyfileobj(source, part)
+
+
 def store_adapter(
     context: Context, job: Job, folder: Path, metrics: dict[str, float], work: Path
 ) -> dict[str, Any]:
@@ -85,16 +133,7 @@ def store_adapter(
     """
     files = describe(folder)
     archive = work / "adapter.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as target:
-        for info in files:
-            # A fixed date: the same adapter gives the same bytes.
-            entry = zipfile.ZipInfo(info["path"], (1980, 1, 1, 0, 0, 0))
-            entry.external_attr = 0o644 << 16
-            with (
-                (folder / info["path"]).open("rb") as source,
-                target.open(entry, "w", force_zip64=True) as part,
-            ):
-                shutil.copyfileobj(source, part)
+    pack(folder, [info["path"] for info in files], archive)
     fields: dict[str, Any] = {
         "id": new_id("ad"),
         "project_id": job.project_id,

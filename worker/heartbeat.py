@@ -32,8 +32,8 @@ def beating(context: Context, attempt: Attempt) -> Iterator[None]:
                 # Most likely the database is away. Nobody else can claim the job either, so its
                 # trainer may go on.
                 logger.exception("the lease is not renewed")
-            if attempt.trainer is not None:
-                attempt.trainer.tell("beat")
+            if attempt.child is not None:
+                attempt.child.tell("beat")
 
     thread = threading.Thread(
         target=contextvars.copy_context().run, args=(beat,), name="heartbeat", daemon=True

@@ -12,7 +12,7 @@ from core.control import db, queue, workers
 from core.ml import catalogue
 from core.ml.catalogue import Catalogue
 from core.storage import Storage
-from worker import child, maintenance, probe, train
+from worker import child, jobs, maintenance, probe
 from worker.context import Context
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,10 @@ _open: list[Context] = []
 
 
 @app.task(name=queue.TRAIN)
-def train_job(job_id: str) -> None:
-    train.run(_open[0], job_id)
+def train_job(_job_id: str) -> None:
+    """The message wakes this worker; the job is the first of the queue, whichever is named."""
+    if (again := jobs.run(_open[0])) is not None:
+        queue.send(app, again)
 
 
 @app.task(name=queue.PROBE)
@@ -47,7 +49,7 @@ def _start(**_: Any) -> None:
         os._exit(1)
     _open.append(context)
     child.warm_up()
-    threading.Thread(target=_prepare_default, args=(context,), name="prepare", daemon=True).start()
+    threading.Thread(target=_prepare, args=(context,), name="prepare", daemon=True).start()
     maintenance.start(context, app)
 
 
@@ -65,15 +67,16 @@ def _create_context() -> Context:
     )
 
 
-def _prepare_default(context: Context) -> None:
-    """Bring the default model's files in a child process, while the worker is up already."""
-    model = catalogue.find(context.catalogue, config.default_model)
-    if model.ready:
-        return
-    process = child.start("prepare", model, patience=60)
+def _prepare(context: Context) -> None:
+    """Look at the device and bring the default model's files, in a child process: the worker is up already."""
+    process = child.start("prepare", catalogue.find(context.catalogue, config.default_model), patience=60)
     while process.exit_code is None:
-        for _, error in process.receive(1):
-            logger.warning("the default base model is not ready", extra={"error": error})
+        for kind, data in process.receive(1):
+            if kind == "device":
+                with context.sessions.begin() as session:
+                    workers.describe(session, context.owner, data)
+            else:
+                logger.warning("the default base model is not ready", extra={"error": data})
         process.tell("beat")
     process.close()
 

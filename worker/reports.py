@@ -1,6 +1,7 @@
 """What a trainer reports, turned into rows."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 
 from core.control import attempts, events
 from core.control.db import Session
-from core.control.tables import Asked, Job
-from worker import artifacts, child
+from core.control.tables import Asked, Checkpoint, Job
+from worker import artifacts
+from worker.child import Child
 from worker.context import Context
+
+Json = dict[str, Any]
 
 _PLAN_NOTES = {
     "dropped": "rows are too long and left out",
@@ -31,10 +35,18 @@ class Attempt:
     outcome: tuple[str, dict[str, Any]] = ("crash", {})
     model_seconds: float = 0.0
     asked: Asked | None = None
-    trainer: child.Child | None = None
+    child: Child | None = None
     fenced: bool = False
     training: bool = False
     claimed: float = field(default_factory=time.time)
+
+
+@dataclass
+class _News:
+    """What the reports of one transaction change in the job's row."""
+
+    metrics: Json
+    columns: Json = field(default_factory=dict)
 
 
 def write(context: Context, attempt: Attempt) -> None:
@@ -48,92 +60,129 @@ def write(context: Context, attempt: Attempt) -> None:
         attempt.uploads.remove(item)
         item[1].result()
         attempt.stored.append(item[0])
-    columns: dict[str, Any] = {}
-    metrics = dict(job.metrics)
+    news = _News(dict(job.metrics))
     old = []
     with context.sessions.begin() as session:
         # The job's row first: who follows the events must not see later ones before these.
         attempts.renew(session, job.id, job.fence, context.settings.lease_seconds)
         for kind, data in attempt.reports:
-            _record(session, attempt, kind, data, columns, metrics)
+            if (record := _RECORDS.get(kind)) is not None:
+                record(session, attempt, data, news)
         if attempt.stored:
-            columns["crashes"] = 0  # only attempts that come no further use the patience up
+            news.columns["crashes"] = 0  # only attempts that come no further use the patience up
         attempt.asked = attempts.renew(
-            session, job.id, job.fence, context.settings.lease_seconds, metrics=metrics, **columns
+            session,
+            job.id,
+            job.fence,
+            context.settings.lease_seconds,
+            metrics=news.metrics,
+            **news.columns,
         )
-        for data in attempt.stored:
-            key = artifacts.checkpoint_key(job, data["step"])
-            events.add_checkpoint(session, job.id, data["step"], key, data["files"], metrics)
-            events.add(
-                session,
-                job.id,
-                "checkpoint",
-                f"Checkpoint of step {data['step']} saved.",
-                data={"step": data["step"]},
-            )
         if attempt.stored:
-            session.flush()
-            old = events.checkpoints(session, job.id)[int(job.spec["checkpoints"]["keep"]) :]
-            events.drop_checkpoints(session, old)
-    job.metrics = metrics
+            old = _register(session, attempt)
+    job.metrics = news.metrics
     attempt.reports.clear()
     attempt.stored.clear()
     for row in old:
         context.storage.delete(row.key)
 
 
-def _record(
-    session: Session,
-    attempt: Attempt,
-    kind: str,
-    data: dict[str, Any],
-    columns: dict[str, Any],
-    metrics: dict[str, Any],
-) -> None:
-    """Turn one report into rows, and into changes of the job's own columns and latest metrics."""
+def _register(session: Session, attempt: Attempt) -> list[Checkpoint]:
+    """Enter the stored checkpoints; those beyond the last few and the best are dropped and returned."""
     job = attempt.job
-    if kind == "phase":
-        columns["phase"] = data["phase"]
-        attempt.training = data["phase"] == "training" or attempt.training
-        events.add(session, job.id, "phase", f"Phase: {data['phase'].replace('_', ' ')}.", data=data)
-    elif kind == "plan":
-        job.spec = columns["spec"] = data["spec"] | {"validation": job.spec.get("validation")}
-        columns["total_steps"] = data["total_steps"]
-        message = (
-            f"{data['rows']} rows, {data['trained_tokens']} trained tokens, {data['total_steps']} steps."
-        )
-        notes = [
-            f" {data[name]['count']} {words}." for name, words in _PLAN_NOTES.items() if data[name]["count"]
-        ]
-        events.add(
-            session,
-            job.id,
-            "plan",
-            message + "".join(notes),
-            level="warning" if notes else "info",
-            data={name: value for name, value in data.items() if name != "spec"},
-        )
-    elif kind == "model_loaded":
-        attempt.model_seconds = data["seconds"]
-    elif kind == "first_step":
-        first = job.attempt == 1
-        seconds = time.time() - (job.created_at.timestamp() if first else attempt.claimed)
-        events.add(
-            session,
-            job.id,
-            "first_step",
-            f"First optimizer step {seconds:.1f} s after {'the job was posted' if first else 'this attempt began'} "
-            f"(of which {attempt.model_seconds:.1f} s for loading the model).",
-            data={
-                "seconds": round(seconds, 3),
-                "model_seconds": round(attempt.model_seconds, 3),
-                **data,
-            },
-        )
-    elif kind == "metrics":
-        events.measure(session, job.id, data["step"], data["values"])
-        metrics.update(
-            {"train_loss" if name == "loss" else name: value for name, value in data["values"].items()}
-        )
-        if data["progress"]:
-            columns.update(step=data["step"], **data["progress"])
+    session.flush()
+    for data in attempt.stored:
+        step = data["step"]
+        # Of this very step: by now later ones may have been measured.
+        measured = _named(events.values_at(session, job.id, step))
+        key = artifacts.checkpoint_key(job, step)
+        events.add_checkpoint(session, job.id, step, key, data["files"], measured)
+        events.add(session, job.id, "checkpoint", f"Checkpoint of step {step} saved.", data={"step": step})
+    session.flush()
+    rows = events.checkpoints(session, job.id)
+    best = events.best(rows)
+    old = [row for row in rows[int(job.spec["checkpoints"]["keep"]) :] if row is not best]
+    events.drop_checkpoints(session, old)
+    return old
+
+
+def _phase(session: Session, attempt: Attempt, data: Json, news: "_News") -> None:
+    news.columns["phase"] = data["phase"]
+    message = f"Phase: {data['phase'].replace('_', ' ')}."
+    events.add(session, attempt.job.id, "phase", message, data=data)
+
+
+def _plan(session: Session, attempt: Attempt, data: Json, news: "_News") -> None:
+    job = attempt.job
+    job.spec = news.columns["spec"] = data["spec"] | {"validation": job.spec.get("validation")}
+    news.columns["total_steps"] = data["total_steps"]
+    message = f"{data['rows']} rows, {data['trained_tokens']} trained tokens, {data['total_steps']} steps."
+    notes = [f" {data[name]['count']} {words}." for name, words in _PLAN_NOTES.items() if data[name]["count"]]
+    events.add(
+        session,
+        job.id,
+        "plan",
+        message + "".join(notes),
+        level="warning" if notes else "info",
+        data={name: value for name, value in data.items() if name != "spec"},
+    )
+
+
+def _model_loaded(_session: Session, attempt: Attempt, data: Json, _news: "_News") -> None:
+    attempt.model_seconds = data["seconds"]
+
+
+def _first_step(session: Session, attempt: Attempt, data: Json, _news: "_News") -> None:
+    job = attempt.job
+    first = job.attempt == 1
+    seconds = time.time() - (job.created_at.timestamp() if first else attempt.claimed)
+    events.add(
+        session,
+        job.id,
+        "first_step",
+        f"First optimizer step {seconds:.1f} s after {'the job was posted' if first else 'this attempt began'} "
+        f"(of which {attempt.model_seconds:.1f} s for loading the model).",
+        data={
+            "seconds": round(seconds, 3),
+            "model_seconds": round(attempt.model_seconds, 3),
+            **data,
+        },
+    )
+
+
+def _metrics(session: Session, attempt: Attempt, data: Json, news: "_News") -> None:
+    events.measure(session, attempt.job.id, data["step"], data["values"])
+    news.metrics |= _named(data["values"])
+    if data["progress"]:
+        news.columns |= {"step": data["step"], **data["progress"]}
+
+
+def _best(session: Session, attempt: Attempt, data: Json, _news: "_News") -> None:
+    # The checkpoint of this step follows; by this value it is kept beside the last ones.
+    events.measure(session, attempt.job.id, data["step"], {"eval_loss": data["eval_loss"]})
+
+
+def _samples(session: Session, attempt: Attempt, data: Json, _news: "_News") -> None:
+    message = f"Answers to {len(data['samples'])} prompts at step {data['step']}."
+    events.add(session, attempt.job.id, "samples", message, data=data)
+
+
+def _note(session: Session, attempt: Attempt, data: Json, _news: "_News") -> None:
+    events.add(session, attempt.job.id, data["type"], data["message"], level=data["level"], data=data["data"])
+
+
+def _named(values: Json) -> Json:
+    """Values of a step by the names they have in a job's metrics."""
+    return {"train_loss" if name == "loss" else name: value for name, value in values.items()}
+
+
+_RECORDS: dict[str, Callable[[Session, Attempt, Json, "_News"], None]] = {
+    "phase": _phase,
+    "plan": _plan,
+    "model_loaded": _model_loaded,
+    "first_step": _first_step,
+    "metrics": _metrics,
+    "best": _best,
+    "samples": _samples,
+    "note": _note,
+}

@@ -1,4 +1,4 @@
-"""Jobs: post, watch, cancel, delete."""
+"""Jobs: post, watch, delete."""
 
 import asyncio
 import csv
@@ -13,12 +13,14 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from api import intake
 from api.deps import CallerDep, PageDep, Services, ServicesDep
 from api.requests import StrictRoute
 from api.schemas.common import Deleted, Listing
 from api.schemas.jobs import LABEL, CheckpointOut, EventOut, JobCreate, JobOut
 from core.control import datasets, db, events, jobs
 from core.control.db import AlreadyThere
+from core.control.projects import Caller
 from core.control.tables import FINISHED, Job, JobStatus
 from core.errors import BadRequest, Conflict
 from core.ml import catalogue
@@ -36,17 +38,14 @@ def create(
     caller: CallerDep,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> JobOut:
-    """Queue a job. It starts as soon as a worker is free."""
+    """Queue a job. It starts as soon as a worker is free, those of a higher priority before it."""
     sha256 = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
-    model = body.model or services.settings.default_model
+    if earlier := _earlier(services, caller, idempotency_key, sha256):
+        return earlier
+    model, spec = intake.model_and_spec(services, caller.project_id, body)
     catalogue.check(services.catalogue, model)
-    spec = body.kept_spec()
     try:
         with services.sessions.begin() as session:
-            if idempotency_key and (
-                earlier := jobs.replay(session, caller.project_id, idempotency_key, sha256)
-            ):
-                return _out(session, earlier)
             dataset = datasets.get(session, caller.project_id, body.dataset_id, param="dataset_id")
             if body.validation and body.validation.dataset_id:
                 datasets.get(
@@ -61,18 +60,17 @@ def create(
                 name=body.name or dataset.name,
                 model=model,
                 dataset_id=dataset.id,
-                spec=spec,
+                spec=body.kept_spec(spec),
                 labels=body.metadata,
+                priority=body.priority,
+                preset=intake.preset_of(body, model, spec, dataset),
             )
             if idempotency_key:
                 jobs.remember(session, caller.project_id, idempotency_key, sha256, job.id)
             position = jobs.position(session, job)
     except AlreadyThere as error:  # the same key in the same moment: the other one was first
-        with db.reading(services.sessions) as session:
-            if idempotency_key and (
-                earlier := jobs.replay(session, caller.project_id, idempotency_key, sha256)
-            ):
-                return JobOut.of(earlier)
+        if earlier := _earlier(services, caller, idempotency_key, sha256):
+            return earlier
         raise Conflict(
             "idempotency_conflict",
             "A request with this Idempotency-Key is being worked on.",
@@ -114,13 +112,6 @@ def list_(
 def get(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
     with db.reading(services.sessions) as session:
         return _out(session, jobs.get(session, caller.project_id, job_id))
-
-
-@router.post("/{job_id}/cancel")
-def cancel(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
-    """Stop after the current step. Cancelling a cancelled job changes nothing."""
-    with services.sessions.begin() as session:
-        return _out(session, jobs.cancel(session, caller.project_id, job_id))
 
 
 @router.delete("/{job_id}")
@@ -187,10 +178,18 @@ def metrics(
 def checkpoints(job_id: str, services: ServicesDep, caller: CallerDep) -> Listing[CheckpointOut]:
     with db.reading(services.sessions) as session:
         job = jobs.get(session, caller.project_id, job_id)
-        return Listing(
-            data=[CheckpointOut.of(row) for row in events.checkpoints(session, job.id)],
-            has_more=False,
-        )
+        rows = events.checkpoints(session, job.id)
+        best = events.best(rows)
+        return Listing(data=[CheckpointOut.of(row, best=row is best) for row in rows], has_more=False)
+
+
+def _earlier(services: Services, caller: Caller, key: str | None, sha256: str) -> JobOut | None:
+    """The job that the same request made before, if it came with a key."""
+    if key is None:
+        return None
+    with db.reading(services.sessions) as session:
+        job = jobs.replay(session, caller.project_id, key, sha256)
+        return _out(session, job) if job else None
 
 
 def _out(session: Any, job: Job) -> JobOut:

@@ -1,5 +1,6 @@
 """What a job would do, before it is posted: its rows counted here, its steps measured by a free worker."""
 
+import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -7,17 +8,20 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from api import intake
 from api.deps import CallerDep, Services, ServicesDep, ready_model
 from api.requests import StrictRoute
 from api.schemas.jobs import JobCreate
 from api.schemas.preflight import MemoryOut, PreflightOut, Problem, RowsOut, TokensOut
-from core.control import datasets, db, probes, queue
+from api.schemas.presets import JobPreset
+from core.control import datasets, db, probes, queue, workers
 from core.control.tables import Dataset
 from core.errors import BadRequest
 from core.ml import catalogue
 from core.ml import contract as contracts
-from core.ml.training import data, plan
+from core.ml.training import config, data, memory, plan
 from core.ml.training.data import Rows
+from core.ml.training.plan import Device
 from core.ml.training.run import Run, Source
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
@@ -41,14 +45,22 @@ def preflight(body: JobCreate, services: ServicesDep, caller: CallerDep) -> Pref
             valid = datasets.get(
                 session, caller.project_id, validation.dataset_id, param="validation.dataset_id"
             )
-    base = ready_model(services, body.model)
+        device = workers.device(session)
+    model, asked = intake.model_and_spec(services, caller.project_id, body)
+    base, spec = ready_model(services, model), config.settle(asked)
+    preset = intake.preset_of(body, model, asked, train)
     answer = PreflightOut(
-        ok=True, problems=[], model=base.name, dataset_id=train.id, spec=body.settled().model_dump()
+        ok=True,
+        problems=[],
+        model=base.name,
+        preset=JobPreset.model_validate(preset) if preset else None,
+        dataset_id=train.id,
+        spec=spec.model_dump(),
     )
     with tempfile.TemporaryDirectory(dir=services.settings.uploads) as folder:
         run = Run(
             model=base,
-            spec=body.settled(),
+            spec=spec,
             train=_fetched(services, train, Path(folder) / "train"),
             valid=_fetched(services, valid, Path(folder) / "valid") if valid else None,
             fraction=validation.fraction if validation else None,
@@ -70,10 +82,15 @@ def preflight(body: JobCreate, services: ServicesDep, caller: CallerDep) -> Pref
             return answer
         else:
             _count(answer, run, rows)
+            if device is not None and not answer.problems:
+                try:
+                    _reckon(answer, run, rows, device)
+                except BadRequest as error:
+                    answer.problems = [Problem.of(error)]
     if answer.problems:
         answer.ok, answer.not_measured = False, "The job would fail."
     else:
-        _measure(services, body, answer)
+        _measure(services, body.kept_spec(asked), answer)
     return answer
 
 
@@ -95,18 +112,30 @@ def _count(answer: PreflightOut, run: Run, rows: Rows) -> None:
     )
     if rows.train:
         answer.spec = plan.resolved(run.spec, rows).model_dump()
-        answer.total_steps = plan.total_steps(run.spec, len(rows.train))
+        answer.total_steps = plan.total_steps(run.spec, plan.trained_rows(run.spec, rows))
 
 
-def _measure(services: Services, body: JobCreate, answer: PreflightOut) -> None:
+def _reckon(answer: PreflightOut, run: Run, rows: Rows, device: dict[str, Any]) -> None:
+    """The plan for the device that a worker has told of, before anything is measured there."""
+    known = {field.name: device[field.name] for field in dataclasses.fields(Device)}
+    if run.spec.quantization.compute_dtype != "auto":
+        known["compute_dtype"] = run.spec.quantization.compute_dtype
+    shape = memory.shape_of(catalogue.configuration(run.model))
+    planned = plan.made(run.spec, rows, Device(**known), shape)
+    answer.spec, answer.device = planned.spec.model_dump(), device["name"]
+    if planned.memory_bytes is not None:
+        answer.memory = MemoryOut(
+            needed_bytes=planned.memory_bytes, present_bytes=device["free_bytes"], measured=False
+        )
+
+
+def _measure(services: Services, spec: dict[str, Any], answer: PreflightOut) -> None:
     """Ask a worker to take a few steps, and write what it says into the answer."""
     with services.sessions.begin() as session:
         if not probes.device_is_free(session):
             answer.not_measured = "No worker is free."
             return
-        probe_id = probes.ask(
-            session, model=answer.model, dataset_id=answer.dataset_id, spec=body.kept_spec()
-        )
+        probe_id = probes.ask(session, model=answer.model, dataset_id=answer.dataset_id, spec=spec)
     services.sender.send(probe_id, queue.PROBE)
     found = _wait(services, probe_id)
     if error := found.get("error"):
@@ -116,7 +145,9 @@ def _measure(services: Services, body: JobCreate, answer: PreflightOut) -> None:
         answer.spec = measured["spec"]
         answer.device = measured["device"]
         answer.memory = MemoryOut(
-            needed_bytes=measured["memory_needed_bytes"], present_bytes=measured["memory_present_bytes"]
+            needed_bytes=measured["memory_needed_bytes"],
+            present_bytes=measured["memory_present_bytes"],
+            measured=True,
         )
         answer.seconds_per_step = measured["seconds_per_step"]
         steps = answer.total_steps or 0

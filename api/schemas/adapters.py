@@ -9,7 +9,8 @@ from core.control.tables import Adapter
 
 
 class AdapterOut(BaseModel):
-    """`size` and `sha256` are those of the download; `files` those of each file in it."""
+    """`size` and `sha256` are those of the download; `files` those of each file in it. `certificate` says what was
+    checked and measured of the saved files; an adapter made before there were certificates has none."""
 
     id: str
     object: Literal["adapter"] = "adapter"
@@ -20,6 +21,7 @@ class AdapterOut(BaseModel):
     sha256: str
     files: list[dict[str, Any]]
     metrics: dict[str, float]
+    certificate: dict[str, Any] | None
     created_at: datetime
 
     @classmethod

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from api.schemas.presets import JobPreset
 from core.errors import GraftError
 
 
@@ -33,8 +34,11 @@ class TokensOut(BaseModel):
 
 
 class MemoryOut(BaseModel):
+    """`measured` on the device; else reckoned from the model's shape and the rows."""
+
     needed_bytes: int
     present_bytes: int
+    measured: bool
 
 
 class Problem(BaseModel):
@@ -51,13 +55,14 @@ class Problem(BaseModel):
 
 
 class PreflightOut(BaseModel):
-    """`ok`: nothing that was looked at would make the job fail. What could not be measured is null, and
+    """`ok`: nothing that was looked at would make the job fail. What could not be measured is reckoned or null, and
     `not_measured` says why, as it does where rows are too many to be counted; what the device decides of `spec` is "auto" then."""
 
     object: Literal["preflight"] = "preflight"
     ok: bool
     problems: list[Problem]
     model: str
+    preset: JobPreset | None = None
     dataset_id: str
     rows: RowsOut | None = None
     tokens: TokensOut | None = None

@@ -1,4 +1,10 @@
-"""What a job leaves behind while it runs: events, metrics and checkpoints. Never its status."""
+"""What a job leaves behind while it runs: events, metrics and checkpoints. Never its status.
+
+Types of events: those of its life are `created`, `started`, `resumed` (from a checkpoint), `released`, `crashed`,
+`recovered`, `pause_requested`, `paused`, `resume_requested`, `cancel_requested`, `cancelled`, `retried`,
+`failed` and `succeeded`; those of its work `phase`, `plan`, `first_step`, `checkpoint`, `checkpoint_damaged`,
+`samples`, `certificate`, and what the trainer notes under names of its own. docs/operations.md explains them.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -29,6 +35,11 @@ def after(session: Session, job_id: str, last: int, *, limit: int = 500) -> list
     return list(session.scalars(query.order_by(JobEvent.id).limit(limit)))
 
 
+def latest(session: Session, job_id: str, type_: str) -> JobEvent | None:
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == type_)
+    return session.scalars(query.order_by(JobEvent.id.desc()).limit(1)).first()
+
+
 def page(session: Session, job_id: str, *, limit: int, before: int | None) -> list[JobEvent]:
     """Newest first; one more than `limit`, to tell whether there are more."""
     query = select(JobEvent).where(JobEvent.job_id == job_id)
@@ -48,6 +59,12 @@ def measure(session: Session, job_id: str, step: int, values: dict[str, float]) 
 
 def metrics(session: Session, job_id: str) -> list[JobMetric]:
     return list(session.scalars(select(JobMetric).where(JobMetric.job_id == job_id).order_by(JobMetric.step)))
+
+
+def values_at(session: Session, job_id: str, step: int) -> dict[str, Any]:
+    """What was measured at this very step; nothing where nothing was."""
+    row = session.get(JobMetric, (job_id, step))
+    return dict(row.values) if row else {}
 
 
 def forget_after(session: Session, job_id: str, step: int) -> None:
@@ -88,3 +105,17 @@ def checkpoints(session: Session, job_id: str) -> list[Checkpoint]:
 def drop_checkpoints(session: Session, rows: Iterable[Checkpoint]) -> None:
     for row in rows:
         session.delete(row)
+
+
+def best(rows: Iterable[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint with the lowest validation loss, the earlier of two alike; None where none was evaluated."""
+    evaluated = [row for row in rows if "eval_loss" in row.metrics]
+    return min(evaluated, key=lambda row: (row.metrics["eval_loss"], row.step), default=None)
+
+
+def forget(session: Session, job_id: str) -> list[str]:
+    """Drop all metrics and checkpoints; the keys of their files, to be deleted after the commit."""
+    rows = checkpoints(session, job_id)
+    drop_checkpoints(session, rows)
+    forget_after(session, job_id, -1)
+    return [row.key for row in rows]

@@ -1,13 +1,25 @@
-"""Jobs as clients see them: create, look, cancel, delete. What workers write is in `attempts`."""
+"""Jobs as clients see them: create, look, pause, resume, cancel, retry, delete. What workers write is in `attempts`."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import and_, delete, func, or_, select, update
 
-from core.control import events
+from core.control import datasets, events
 from core.control.db import Session
-from core.control.tables import FINISHED, Adapter, Asked, IdempotencyKey, Job, JobStatus, new_id, utcnow
-from core.errors import Conflict, NotFound
+from core.control.tables import (
+    FINISHED,
+    Adapter,
+    Asked,
+    IdempotencyKey,
+    Job,
+    JobKind,
+    JobStatus,
+    new_id,
+    utcnow,
+)
+from core.errors import BadRequest, Conflict, NotFound
+from core.ml.training import changes as spec_changes
 
 
 def create(
@@ -16,9 +28,12 @@ def create(
     *,
     name: str,
     model: str,
-    dataset_id: str,
+    dataset_id: str | None,
     spec: dict[str, Any],
     labels: dict[str, str],
+    kind: JobKind = JobKind.TRAIN,
+    priority: int = 0,
+    preset: dict[str, Any] | None = None,
 ) -> Job:
     job = Job(
         id=new_id("job"),
@@ -28,6 +43,10 @@ def create(
         dataset_id=dataset_id,
         spec=spec,
         labels=labels,
+        kind=kind,
+        priority=priority,
+        preset=preset,
+        recoveries=[],
         status=JobStatus.QUEUED,
         metrics={},
         created_at=utcnow(),
@@ -105,29 +124,144 @@ def page(
 
 
 def position(session: Session, job: Job) -> int:
-    """How many queued jobs come before this one."""
-    query = select(func.count()).where(Job.status == JobStatus.QUEUED, Job.id < job.id)
-    return session.scalar(query) or 0
+    """How many queued jobs come before this one: of higher priority, or as high and older."""
+    before = or_(Job.priority > job.priority, and_(Job.priority == job.priority, Job.id < job.id))
+    return session.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED, before)) or 0
 
 
 def cancel(session: Session, project_id: str, job_id: str) -> Job:
-    """Cancel a queued job at once, ask a running one to stop; a cancelled one stays as it is.
+    """Cancel a queued or paused job at once, ask a running one to stop; a cancelled one stays as it is.
 
     Raises:
         Conflict: `job_finished`, it succeeded or failed already.
     """
-    job = get(session, project_id, job_id)
-    session.refresh(job, with_for_update=True)
+    job = _locked(session, project_id, job_id)
     if job.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
         raise Conflict("job_finished", f"Job {job.id} has {job.status} already, so it cannot be cancelled.")
-    if job.status == JobStatus.QUEUED:
+    if job.status in (JobStatus.QUEUED, JobStatus.PAUSED):
+        told = "before it started" if job.attempt == 0 else "while it did not run"
         job.status, job.finished_at = JobStatus.CANCELLED, utcnow()
-        events.add(session, job.id, "cancelled", "Job cancelled before it started.")
+        events.add(session, job.id, "cancelled", f"Job cancelled {told}.")
     elif job.status == JobStatus.RUNNING and job.asked is not Asked.CANCEL:
         job.asked = Asked.CANCEL
         events.add(
             session, job.id, "cancel_requested", "Cancel requested; the job stops after its current step."
         )
+    return job
+
+
+def pause(session: Session, project_id: str, job_id: str) -> Job:
+    """Pause a queued job at once, ask a running one to save and leave; a paused one stays as it is.
+
+    Raises:
+        Conflict: `job_finished`; `job_cancelling`, a cancel was asked for before.
+    """
+    job = _locked(session, project_id, job_id)
+    _refuse_ended(job, "paused")
+    if job.status == JobStatus.QUEUED:
+        job.status = JobStatus.PAUSED
+        events.add(session, job.id, "paused", "Job paused while it waited in the queue.")
+    elif job.status == JobStatus.RUNNING and job.asked is None:
+        job.asked = Asked.PAUSE
+        told = "Pause requested; the job saves a checkpoint after its current step and frees the device."
+        events.add(session, job.id, "pause_requested", told)
+    return job
+
+
+def resume(session: Session, project_id: str, job_id: str) -> Job:
+    """Queue a paused job again, take the pause back that a running one has not answered yet.
+
+    Raises:
+        Conflict: `job_finished`; `job_cancelling`.
+    """
+    job = _locked(session, project_id, job_id)
+    _refuse_ended(job, "resumed")
+    if job.status == JobStatus.PAUSED:
+        job.status, job.sent_at, job.not_before = JobStatus.QUEUED, None, None
+        events.add(session, job.id, "resume_requested", "The pause is over; the job is queued again.")
+    elif job.asked is Asked.PAUSE:
+        # If its trainer is leaving already, the end of the attempt finds nothing asked and queues the job again.
+        job.asked = None
+        events.add(session, job.id, "resume_requested", "The pause is taken back.")
+    return job
+
+
+def retry(
+    session: Session, project_id: str, job_id: str, changes: dict[str, Any]
+) -> tuple[Job, Sequence[str]]:
+    """Queue a failed or cancelled job again, with `changes` in its spec, from its last checkpoint.
+
+    From the beginning where the changes leave its checkpoints without use: they are dropped, and the keys of their
+    files, to be deleted after the commit, come with the job. A queued or running job that has these values stays
+    as it is.
+
+    Raises:
+        Conflict: `job_not_finished`; `job_finished`, it succeeded.
+        BadRequest: `invalid_request`, the changes do not go with the spec.
+        NotFound: `dataset_not_found`, its data was deleted.
+    """
+    job = _locked(session, project_id, job_id)
+    if job.status in (JobStatus.QUEUED, JobStatus.RUNNING) and spec_changes.holds(job.spec, changes):
+        return job, []
+    if job.status not in FINISHED:
+        hint = (
+            "POST /jobs/{id}/resume lets it go on." if job.status == JobStatus.PAUSED else "Cancel it first."
+        )
+        raise Conflict("job_not_finished", f"Job {job.id} is {job.status}, so it is not retried.", hint=hint)
+    if job.status == JobStatus.SUCCEEDED:
+        hint = "Post a new job; with continue_from it begins with this one's adapter."
+        raise Conflict("job_finished", f"Job {job.id} has succeeded, so it is not retried.", hint=hint)
+    if job.kind == JobKind.EXPORT and changes:
+        raise BadRequest("invalid_request", "An export has no spec that could be changed.")
+    validation = job.spec.get("validation") or {}
+    for dataset_id in filter(None, (job.dataset_id, validation.get("dataset_id"))):
+        datasets.get(session, project_id, dataset_id)
+    return job, _queue_again(session, job, changes)
+
+
+def _queue_again(session: Session, job: Job, changes: dict[str, Any]) -> Sequence[str]:
+    saved = events.checkpoints(session, job.id)
+    # A row of an earlier version may lack fields; with the changes it gets their defaults.
+    before = spec_changes.merged(job.spec, {}) if changes else job.spec
+    spec = spec_changes.merged(job.spec, changes) if changes else job.spec
+    different = spec_changes.changed(before, spec)
+    reasons = spec_changes.unfit(before, spec, saved[0].step) if saved else []
+    whence = f"from the checkpoint of step {saved[0].step}" if saved else "from the beginning"
+    dropped: Sequence[str] = []
+    if reasons:
+        whence = (
+            f"from the beginning: its checkpoints do not fit the new {', '.join(reasons)} and are dropped"
+        )
+        dropped = events.forget(session, job.id)
+        job.step, job.total_steps, job.metrics = 0, None, {}
+    if job.preset is not None:
+        job.preset = job.preset | {"diff": spec_changes.preset_diff(job.preset["diff"], before, spec)}
+    job.spec, job.status, job.error, job.finished_at = spec, JobStatus.QUEUED, None, None
+    job.crashes, job.recoveries = 0, []
+    job.sent_at, job.not_before = None, None
+    events.add(
+        session,
+        job.id,
+        "retried",
+        f"Retried{' with changes' if different else ''}; the job goes on {whence}.",
+        data={"changes": different, "from_start": bool(reasons)},
+    )
+    return dropped
+
+
+def _refuse_ended(job: Job, what: str) -> None:
+    if job.status in FINISHED:
+        hint = None if job.status == JobStatus.SUCCEEDED else "POST /jobs/{id}/retry makes a new attempt."
+        message = f"Job {job.id} has ended ({job.status}), so it cannot be {what}."
+        raise Conflict("job_finished", message, hint=hint)
+    if job.asked is Asked.CANCEL:
+        message = f"Job {job.id} is being cancelled, so it cannot be {what}."
+        raise Conflict("job_cancelling", message, hint="POST /jobs/{id}/retry takes it up again afterwards.")
+
+
+def _locked(session: Session, project_id: str, job_id: str) -> Job:
+    job = get(session, project_id, job_id)
+    session.refresh(job, with_for_update=True)
     return job
 
 
@@ -137,7 +271,7 @@ def remove(session: Session, project_id: str, job_id: str) -> Job:
     Raises:
         Conflict: `job_not_finished`.
     """
-    job = get(session, project_id, job_id)
+    job = _locked(session, project_id, job_id)
     if job.status not in FINISHED:
         raise Conflict(
             "job_not_finished",

@@ -223,6 +223,11 @@ class Export(Table):
     def key(self) -> str:
         return f"adapters/{self.adapter_id}/exports/{self.id}"
 
+    @property
+    def archive(self) -> str:
+        """The key of its one zip."""
+        return f"{self.key}/export.zip"
+
 
 class Probe(Table):
     """A question to a worker: what a run would take on its device. Whoever asked waits for the answer."""
@@ -237,7 +242,8 @@ class Probe(Table):
 
 
 class Worker(Table):
-    """A worker process: where it runs, how many jobs it may take, and when it was last heard of."""
+    """A worker process: where it runs, how many jobs it may take, when it was last heard of, and its `device` as
+    `core.ml.training.plan.Device` has it, with its name; null until the worker has looked."""
 
     __tablename__ = "workers"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -246,6 +252,7 @@ class Worker(Table):
     pid_started: Mapped[str]
     slots: Mapped[int]
     seen: Mapped[float]
+    device: Mapped[Json | None]
 
 
 class Lease(Table):

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.exc import IntegrityError
@@ -32,6 +33,16 @@ def register(session: Session, slots: int) -> str:
 
 def beat(session: Session, worker_id: str) -> None:
     session.get_one(Worker, worker_id).seen = now_epoch()
+
+
+def describe(session: Session, worker_id: str, device: dict[str, Any]) -> None:
+    session.get_one(Worker, worker_id).device = device
+
+
+def device(session: Session) -> dict[str, Any] | None:
+    """What jobs run on, where a worker has said so; of several the one with the most memory."""
+    known = [worker.device for worker in alive(session) if worker.device is not None]
+    return max(known, key=lambda device: int(device["free_bytes"]), default=None)
 
 
 def leave(session: Session, worker_id: str) -> None:

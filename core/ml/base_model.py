@@ -5,11 +5,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from filelock import FileLock
 from transformers import (
@@ -52,6 +53,25 @@ class Precision:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def free_bytes() -> int:
+    """Memory that is free: on the GPU, or in this machine as far as its container may use it."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no control group, or one without a limit
+        group = Path("/sys/fs/cgroup")
+        free = min(
+            free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        )
+    return free
 
 
 def settle(quantization: Quantization) -> Precision:
@@ -111,6 +131,13 @@ def load(model: BaseModel, precision: Precision) -> Any:
     cache = model.cache / f"{precision.slug}-{_fingerprint(model.path)}"
     with _one_at_a_time(cache):
         return _quantised(model, precision, cache, options)
+
+
+def load_plain(folder: Path) -> Any:
+    """The model as its files hold it, on the CPU: what adapters are merged into."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
 
 
 def _quantised(model: BaseModel, precision: Precision, cache: Path, options: dict[str, Any]) -> Any:

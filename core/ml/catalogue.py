@@ -126,7 +126,13 @@ def known(catalogue: Catalogue) -> list[BaseModel]:
 
 def context(model: BaseModel) -> int:
     """How many tokens a model reads whose files are here; 2048 where its configuration does not say."""
-    return int(json.loads((model.path / "config.json").read_text()).get("max_position_embeddings") or 2048)
+    return int(configuration(model).get("max_position_embeddings") or 2048)
+
+
+def configuration(model: BaseModel) -> dict[str, Any]:
+    """The config.json of a model whose files are here."""
+    found: dict[str, Any] = json.loads((model.path / "config.json").read_text())
+    return found
 
 
 def describe(model: BaseModel) -> dict[str, Any]:

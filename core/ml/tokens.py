@@ -23,6 +23,11 @@ def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
 
 
+def ids_of_rendered(tokenizer: Any, text: str, *, start: bool) -> list[int]:
+    """Token ids of what a template wrote, read in one piece as other programs do it; `start` puts the start token first."""
+    return ([tokenizer.bos_token_id] if start else []) + ids_of(tokenizer, [text])[0]
+
+
 def ids_of_pieces(tokenizer: Any, rows: list[list[str]]) -> list[list[list[int]]]:
     """Token ids of the pieces of many texts without marks; every piece but the first as in `continuation`."""
     guard = _GUARDS[0]

@@ -32,6 +32,7 @@ def upgrade() -> None:
         jobs.drop_column("cancel_requested")
         for name in ("kind", "priority", "recoveries"):
             jobs.alter_column(name, server_default=None)
+    op.add_column("workers", sa.Column("device", _JSON, nullable=True))
     op.add_column("adapters", sa.Column("certificate", _JSON, nullable=True))
     op.create_table(
         "exports",
@@ -53,6 +54,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("exports")
     op.drop_column("adapters", "certificate")
+    op.drop_column("workers", "device")
     with op.batch_alter_table("jobs") as jobs:
         jobs.add_column(
             sa.Column("cancel_requested", sa.Boolean(), nullable=False, server_default=sa.false())

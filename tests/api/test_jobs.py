@@ -13,11 +13,13 @@ import pytest
 import redis
 
 from core.control import attempts, events, jobs
+from core.control.tables import Asked
 from core.errors import GraftError
 from tests import tiny
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.conftest import Valkey
 from tests.control import rows
+from tests.service import wait_until
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_only_a_data_set_is_needed_and_everything_else_is_settled(api: Api, data
     )
     assert job["progress"]["percent"] == 0
     training = job["spec"]["training"]
-    assert (training["epochs"], training["batch_size"], training["loss_on"]) == (3.0, 8, "auto")
+    assert (training["epochs"], training["batch_size"], training["loss_on"]) == (3.0, "auto", "auto")
     assert api.client.get(f"/jobs/{job['id']}").json() == job
 
 
@@ -210,7 +212,106 @@ def test_cancel_of_a_running_job_leaves_it_running(api: Api, job_id: str) -> Non
     fence = rows.claimed(api.sessions, job_id).fence
     assert api.client.post(f"/jobs/{job_id}/cancel").json()["status"] == "running"
     with api.sessions.begin() as session:
-        assert attempts.renew(session, job_id, fence, 60) is True
+        assert attempts.renew(session, job_id, fence, 60) is Asked.CANCEL
+
+
+def test_pause_and_resume_can_be_asked_for_twice(api: Api, job_id: str) -> None:
+    for what, status in (
+        ("pause", "paused"),
+        ("pause", "paused"),
+        ("resume", "queued"),
+        ("resume", "queued"),
+    ):
+        answer = api.client.post(f"/jobs/{job_id}/{what}")
+        assert (answer.status_code, answer.json()["status"]) == (200, status)
+    fence = rows.claimed(api.sessions, job_id).fence
+    assert api.client.post(f"/jobs/{job_id}/pause").json()["status"] == "running"
+    with api.sessions.begin() as session:
+        attempts.release(session, job_id, fence, "The trainer left.")
+    job = api.client.get(f"/jobs/{job_id}").json()
+    assert (job["status"], job["phase"], job["finished_at"]) == ("paused", None, None)
+    refused(api.client.delete(f"/jobs/{job_id}"), 409, "job_not_finished")
+    assert api.client.post(f"/jobs/{job_id}/cancel").json()["status"] == "cancelled"
+    for what in ("pause", "resume"):
+        refused(api.client.post(f"/jobs/{job_id}/{what}"), 409, "job_finished")
+    for what in ("pause", "resume", "cancel", "retry"):
+        refused(api.stranger.post(f"/jobs/{job_id}/{what}"), 404, "job_not_found")
+
+
+@only_sqlite
+def test_what_waits_again_is_sent_again(make_api: Callable[..., Api], valkey: Valkey) -> None:
+    api = make_api(broker_url=valkey.url)
+    job_id = api.client.post("/jobs", json={"dataset_id": api.dataset_id()}).json()["id"]
+    with redis.Redis(port=valkey.port) as broker:
+        for calls in (("pause", "resume"), ("cancel", "retry")):
+            wait_until(lambda: broker.llen("graft:train"), "a message")
+            broker.flushall()
+            for call in calls:
+                assert api.client.post(f"/jobs/{job_id}/{call}").status_code == 200
+        wait_until(lambda: broker.llen("graft:train"), "a message")
+
+
+def test_a_failed_job_is_retried_with_changes(api: Api, dataset_id: str, tmp_path: Any) -> None:
+    body = {"dataset_id": dataset_id, "training": {"max_steps": 9, "effective_batch_size": 12}}
+    job_id = api.client.post("/jobs", json=body).json()["id"]
+    (tmp_path / "file").write_text("x")
+    api.storage.put(tmp_path / "file", f"jobs/{job_id}/checkpoints/1-5/file")
+    with api.sessions.begin() as session:
+        events.add_checkpoint(session, job_id, 5, f"jobs/{job_id}/checkpoints/1-5", [], {})
+    finish(api, job_id)
+    changes = {"training": {"batch_size": 3, "learning_rate": 0.001}}
+    for _ in range(2):
+        job = api.client.post(f"/jobs/{job_id}/retry", json=changes).json()
+        assert (job["status"], job["error"], job["finished_at"]) == ("queued", None, None)
+    training = job["spec"]["training"]
+    assert (training["batch_size"], training["learning_rate"], training["max_steps"]) == (3, 0.001, 9)
+    assert len(api.client.get(f"/jobs/{job_id}/checkpoints").json()["data"]) == 1
+    finish(api, job_id)
+    assert api.client.post(f"/jobs/{job_id}/retry", json={"seed": 1}).json()["status"] == "queued"
+    assert api.client.get(f"/jobs/{job_id}/checkpoints").json()["data"] == []
+    assert not [path for path in api.stored() if path.startswith("jobs/")]
+    refused(api.client.post(f"/jobs/{job_id}/retry", json={"seed": 2}), 409, "job_not_finished")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "hint"),
+    [
+        (
+            {"training": {"learnin_rate": 1}},
+            "training.learnin_rate",
+            'Did you mean "training.learning_rate"?',
+        ),
+        ({"dataset_id": "ds_1"}, "dataset_id", None),
+        ({"continue_from": "ad_1"}, "continue_from", None),
+        ({"training": {"learning_rate": 0}}, "training.learning_rate", None),
+        ({"training": {"batch_size": 5}}, "training", 'or "auto" again'),
+        ({"evaluation": {"early_stopping": {"patience": 1}}}, "evaluation", None),
+        ({"lora": {"target_modules": [".*"]}}, "lora.target_modules", None),
+        ({"lora": None}, "lora", None),
+        ({"seed": None}, "seed", None),
+    ],
+)
+@only_sqlite
+def test_changes_are_checked_as_a_new_job_is(
+    api: Api, dataset_id: str, changes: dict[str, Any], param: str, hint: str | None
+) -> None:
+    job_id = rows.job(api.sessions, api.project_id, dataset_id=dataset_id).id
+    finish(api, job_id)
+    error = refused(api.client.post(f"/jobs/{job_id}/retry", json=changes), 422, "invalid_request")
+    assert error["param"] == param
+    assert hint is None or hint in error["hint"]
+
+
+def test_a_stream_stays_open_while_a_job_is_paused(api: Api, job_id: str) -> None:
+    streams: list[list[dict[str, Any]]] = []
+    watcher = threading.Thread(target=lambda: streams.append(follow(api, job_id)))
+    api.client.post(f"/jobs/{job_id}/pause")
+    watcher.start()
+    time.sleep(1)
+    assert watcher.is_alive()
+    api.client.post(f"/jobs/{job_id}/cancel")
+    watcher.join(10)
+    assert [event["event"] for event in streams[0]] == ["created", "paused", "cancelled"]
 
 
 def test_delete_takes_a_finished_job_and_its_files(api: Api, job_id: str, tmp_path: Any) -> None:
@@ -370,12 +471,12 @@ def test_a_job_without_metrics_has_empty_ones(api: Api, job_id: str) -> None:
 def test_checkpoints_are_listed_with_their_size(api: Api, job_id: str) -> None:
     files = [{"path": "a", "bytes": 10, "sha256": "0"}, {"path": "b", "bytes": 5, "sha256": "0"}]
     with api.sessions.begin() as session:
-        events.add_checkpoint(session, job_id, 5, "key", files, {"loss": 0.5})
+        events.add_checkpoint(session, job_id, 5, "key", files, {"eval_loss": 0.5})
         events.add_checkpoint(session, job_id, 10, "key", [], {})
     body = api.client.get(f"/jobs/{job_id}/checkpoints").json()
-    assert [(row["step"], row["bytes"], row["metrics"]) for row in body["data"]] == [
-        (10, 0, {}),
-        (5, 15, {"loss": 0.5}),
+    assert [(row["step"], row["bytes"], row["metrics"], row["best"]) for row in body["data"]] == [
+        (10, 0, {}, False),
+        (5, 15, {"eval_loss": 0.5}, True),
     ]
     assert body["has_more"] is False
 

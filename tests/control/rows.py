@@ -5,7 +5,7 @@ from typing import Any
 
 from core.control import attempts, datasets, jobs, projects
 from core.control.db import Sessions
-from core.control.tables import Adapter, Dataset, Job, new_id, utcnow
+from core.control.tables import Adapter, Dataset, Export, Job, new_id, utcnow
 
 SPEC: dict[str, Any] = {"seed": 42, "validation": None}
 
@@ -68,6 +68,14 @@ def adapter(project_id: str, job_id: str | None = None, **fields: Any) -> Adapte
         "created_at": utcnow(),
     }
     return Adapter(**(defaults | fields))
+
+
+def export(sessions: Sessions, adapter_id: str) -> Export:
+    fields: dict[str, Any] = {"job_id": "job_1", "format": "gguf", "size": 10, "sha256": "e" * 64}
+    row = Export(id=new_id("exp"), adapter_id=adapter_id, files=[], report={}, **fields)
+    with sessions.begin() as session:
+        session.add(row)
+    return row
 
 
 def read(sessions: Sessions, job_id: str) -> Job:

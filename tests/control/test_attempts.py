@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import func, inspect, select, update
 
-from core.control import attempts, jobs
+from core.control import attempts, events, jobs
 from core.control.db import Session, Sessions, now_epoch
 from core.control.tables import Adapter, Job, JobEvent, JobStatus
 from core.errors import Fenced, GraftError
@@ -96,14 +96,16 @@ WRITES: dict[str, Callable[[Session, Job], object]] = {
         session, job.id, 1, rows.adapter(job.project_id, job.id)
     ),
     "fail": lambda session, job: attempts.fail(session, job.id, 1, GraftError("late", "Late.")),
-    "cancelled": lambda session, job: attempts.cancelled(session, job.id, 1),
+    "recover": lambda session, job: attempts.recover(
+        session, job.id, 1, cause="late", message="Late.", changes={}, from_start=True
+    ),
     "release": lambda session, job: attempts.release(session, job.id, 1, "Late."),
     "crash": lambda session, job: attempts.crash(session, job.id, 1, "late", code="late", max_crashes=5),
     "last crash": lambda session, job: attempts.crash(session, job.id, 1, "late", code="late", max_crashes=1),
 }
 
 
-@pytest.mark.parametrize("now", ["claimed by another", "queued again", "over", "cancel asked for"])
+@pytest.mark.parametrize("now", ["claimed by another", "queued again", "over", "cancel asked for", "paused"])
 def test_a_stale_holder_is_fenced_and_changes_nothing(sessions: Sessions, job_id: str, now: str) -> None:
     job = rows.claimed(sessions, job_id)
     if now == "over":
@@ -112,8 +114,11 @@ def test_a_stale_holder_is_fenced_and_changes_nothing(sessions: Sessions, job_id
     else:
         with sessions.begin() as session:
             attempts.release(session, job_id, 1, "The worker stops.")
-        if now != "queued again":
+        if now not in ("queued again", "paused"):
             rows.claimed(sessions, job_id, owner="w2")
+        if now == "paused":
+            with sessions.begin() as session:
+                jobs.pause(session, job.project_id, job_id)
         if now == "cancel asked for":
             with sessions.begin() as session:
                 jobs.cancel(session, job.project_id, job_id)
@@ -213,6 +218,127 @@ def test_a_crash_of_a_job_to_be_cancelled_cancels_it(
         jobs.cancel(session, project_id, job_id)
     crash(sessions, job_id, fence)
     assert rows.read(sessions, job_id).status == JobStatus.CANCELLED
+
+
+def test_a_crash_of_a_job_to_be_paused_pauses_it(sessions: Sessions, project_id: str, job_id: str) -> None:
+    fence = rows.claimed(sessions, job_id).fence
+    with sessions.begin() as session:
+        jobs.pause(session, project_id, job_id)
+    crash(sessions, job_id, fence, max_crashes=1)
+    paused = rows.read(sessions, job_id)
+    assert (paused.status, paused.crashes, paused.asked, paused.owner) == (JobStatus.PAUSED, 1, None, None)
+    assert lost(sessions, ["w1"]) == []
+    with sessions.begin() as session:
+        assert attempts.unsent(session, 10) == []
+        jobs.resume(session, project_id, job_id)
+        assert attempts.unsent(session, 10) == [job_id]
+
+
+# ---- A run that changes its own spec
+
+
+def recover(sessions: Sessions, job_id: str, changes: dict[str, object], **options: object) -> list[str]:
+    fence = rows.claimed(sessions, job_id).fence
+    told: dict[str, object] = {"cause": "divergence", "message": "The loss exploded.", "from_start": False}
+    with sessions.begin() as session:
+        attempts.renew(session, job_id, fence, 60, step=7)
+        return list(attempts.recover(session, job_id, fence, changes=changes, **(told | options)))  # type: ignore[arg-type]
+
+
+def test_a_recovery_changes_the_spec_and_counts_no_crash(sessions: Sessions, job_id: str) -> None:
+    with sessions.begin() as session:
+        events.add_checkpoint(session, job_id, 5, "key", [], {})
+    changes: dict[str, object] = {"training": {"learning_rate": 0.0001}}
+    assert recover(sessions, job_id, changes) == []
+    job = rows.read(sessions, job_id)
+    assert (job.status, job.crashes, job.step, job.not_before, job.sent_at) == ("queued", 0, 7, None, None)
+    assert job.recoveries == [{"step": 7, "cause": "divergence", "changes": changes}]
+    assert job.spec["training"]["learning_rate"] == 0.0001
+    assert (job.spec["seed"], job.spec["validation"]) == (42, None)
+    with sessions() as session:
+        last = events.latest(session, job_id, "recovered")
+        assert last is not None
+        assert (last.level, last.message) == ("warning", "The loss exploded.")
+        assert len(events.checkpoints(session, job_id)) == 1
+
+
+def test_a_recovery_from_the_start_drops_what_was_learnt(sessions: Sessions, job_id: str) -> None:
+    with sessions.begin() as session:
+        events.add_checkpoint(session, job_id, 5, "a key", [], {})
+        events.measure(session, job_id, 5, {"loss": 1.0})
+    assert recover(sessions, job_id, {}, from_start=True) == ["a key"]
+    assert rows.read(sessions, job_id).step == 0
+    with sessions() as session:
+        assert events.checkpoints(session, job_id) == []
+        assert events.metrics(session, job_id) == []
+
+
+def test_a_run_changes_its_spec_eight_times_at_most(sessions: Sessions, job_id: str) -> None:
+    for _ in range(8):
+        recover(sessions, job_id, {"training": {"learning_rate": 0.0001}})
+        assert rows.read(sessions, job_id).status == JobStatus.QUEUED
+    recover(sessions, job_id, {}, cause="out_of_memory", message="No memory.")
+    job = rows.read(sessions, job_id)
+    assert (job.status, len(job.recoveries)) == (JobStatus.FAILED, 8)
+    assert job.error is not None
+    assert job.error["code"] == "out_of_memory"
+    assert job.error["message"].startswith("No memory.")
+
+
+def test_a_recovery_that_cannot_be_fails_the_job(sessions: Sessions, job_id: str) -> None:
+    recover(sessions, job_id, {"training": {"batch_size": 3}})
+    job = rows.read(sessions, job_id)
+    assert job.status == JobStatus.FAILED
+    assert job.error is not None
+    assert "multiple of batch_size" in job.error["message"]
+
+
+@pytest.mark.parametrize(("ask", "status"), [("pause", "paused"), ("cancel", "cancelled")])
+def test_what_a_client_asks_comes_before_a_recovery(
+    sessions: Sessions, project_id: str, job_id: str, ask: str, status: str
+) -> None:
+    fence = rows.claimed(sessions, job_id).fence
+    with sessions.begin() as session:
+        getattr(jobs, ask)(session, project_id, job_id)
+        changes = {"training": {"learning_rate": 0.0001}}
+        attempts.recover(session, job_id, fence, cause="x", message="x", changes=changes, from_start=False)
+    assert rows.read(sessions, job_id).status == status
+
+
+# ---- The queue
+
+
+def test_the_highest_priority_comes_first_then_the_oldest(sessions: Sessions, project_id: str) -> None:
+    low, first, second, high = (
+        rows.job(sessions, project_id, priority=priority).id for priority in (-1, 0, 0, 5)
+    )
+    later = rows.job(sessions, project_id, priority=9).id
+    set_columns(sessions, later, not_before=now_epoch() + 60)
+    with sessions() as session:
+        assert attempts.unsent(session, 10) == [high, first, second, low]
+    taken = []
+    while True:
+        with sessions.begin() as session:
+            if (job := attempts.claim_next(session, "w1", 60)) is None:
+                break
+            taken.append(job.id)
+    assert taken == [high, first, second, low]
+
+
+def test_eight_workers_empty_the_queue_and_nothing_is_left_over(sessions: Sessions, project_id: str) -> None:
+    ids = [rows.job(sessions, project_id, priority=i % 3).id for i in range(20)]
+
+    def work(worker: int) -> list[str]:
+        taken = []
+        for _ in range(len(ids) // 8 + 1):  # as many messages as there are jobs, and a few more
+            with sessions.begin() as session:
+                if job := attempts.claim_next(session, f"w{worker}", 60):
+                    taken.append(job.id)
+        return taken
+
+    with ThreadPoolExecutor(8) as threads:
+        taken = [job_id for result in threads.map(work, range(8)) for job_id in result]
+    assert sorted(taken) == sorted(ids)
 
 
 # ---- The sweep

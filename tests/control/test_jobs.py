@@ -1,13 +1,25 @@
 """A job from the outside: created, listed, cancelled, deleted."""
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 
-from core.control import attempts, events, jobs
+from core.control import attempts, datasets, events, jobs
 from core.control.db import Sessions
-from core.control.tables import Adapter, Asked, Checkpoint, IdempotencyKey, JobEvent, JobMetric, JobStatus
-from core.errors import Conflict, GraftError, NotFound
+from core.control.tables import (
+    Adapter,
+    Asked,
+    Checkpoint,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    JobMetric,
+    JobStatus,
+)
+from core.errors import BadRequest, Conflict, GraftError, NotFound
 from tests.control import rows
 
 
@@ -48,7 +60,7 @@ def test_cancelling_a_running_job_asks_its_worker(sessions: Sessions, project_id
             assert jobs.cancel(session, project_id, job.id).status == JobStatus.RUNNING
     with sessions.begin() as session:
         assert attempts.renew(session, job.id, fence, 60) is Asked.CANCEL
-        attempts.cancelled(session, job.id, fence)
+        attempts.release(session, job.id, fence, "The trainer left.")
     assert told(sessions, job.id) == ["created", "started", "cancel_requested", "cancelled"]
     ended = rows.read(sessions, job.id)
     assert (ended.status, ended.owner, ended.lease_until) == (JobStatus.CANCELLED, None, None)
@@ -63,6 +75,217 @@ def test_a_job_that_has_ended_cannot_be_cancelled(sessions: Sessions, project_id
         jobs.cancel(session, project_id, job.id)
     assert caught.value.code == "job_finished"
     assert rows.read(sessions, job.id).asked is None
+
+
+# ---- Pause and resume
+
+
+def released(sessions: Sessions, job_id: str, fence: int) -> str:
+    """The trainer has left; what becomes of the job."""
+    with sessions.begin() as session:
+        attempts.release(session, job_id, fence, "The trainer left.")
+    return rows.read(sessions, job_id).status
+
+
+def ask(sessions: Sessions, project_id: str, job_id: str, what: str) -> Job:
+    with sessions.begin() as session:
+        job: Job = getattr(jobs, what)(session, project_id, job_id)
+        return job
+
+
+def test_a_queued_job_is_paused_at_once_and_resumed(sessions: Sessions, project_id: str) -> None:
+    job = rows.job(sessions, project_id)
+    for _ in range(2):
+        assert ask(sessions, project_id, job.id, "pause").status == JobStatus.PAUSED
+    with sessions.begin() as session:
+        assert attempts.claim_next(session, "w1", 60) is None
+        assert attempts.unsent(session, 10) == []
+    for _ in range(2):
+        assert ask(sessions, project_id, job.id, "resume").status == JobStatus.QUEUED
+    assert told(sessions, job.id) == ["created", "paused", "resume_requested"]
+    assert rows.claimed(sessions, job.id).attempt == 1
+
+
+def test_a_running_job_is_paused_when_its_trainer_has_left(sessions: Sessions, project_id: str) -> None:
+    job = rows.job(sessions, project_id)
+    fence = rows.claimed(sessions, job.id).fence
+    for _ in range(2):
+        assert ask(sessions, project_id, job.id, "pause").status == JobStatus.RUNNING
+    with sessions.begin() as session:
+        assert attempts.renew(session, job.id, fence, 60) is Asked.PAUSE
+    assert released(sessions, job.id, fence) == JobStatus.PAUSED
+    paused = rows.read(sessions, job.id)
+    assert (paused.owner, paused.lease_until, paused.asked, paused.finished_at) == (None, None, None, None)
+    assert ask(sessions, project_id, job.id, "pause").status == JobStatus.PAUSED
+    assert told(sessions, job.id) == ["created", "started", "pause_requested", "paused"]
+
+
+def test_a_pause_that_is_taken_back_leaves_the_job_running(sessions: Sessions, project_id: str) -> None:
+    job = rows.job(sessions, project_id)
+    fence = rows.claimed(sessions, job.id).fence
+    ask(sessions, project_id, job.id, "pause")
+    assert ask(sessions, project_id, job.id, "resume").status == JobStatus.RUNNING
+    with sessions.begin() as session:
+        assert attempts.renew(session, job.id, fence, 60) is None
+    assert released(sessions, job.id, fence) == JobStatus.QUEUED
+
+
+def test_a_resume_never_leaves_a_job_paused_whenever_it_comes(sessions: Sessions, project_id: str) -> None:
+    job = rows.job(sessions, project_id)
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(15):
+            fence = rows.claimed(sessions, job.id).fence
+            ask(sessions, project_id, job.id, "pause")
+            leaving = threads.submit(released, sessions, job.id, fence)
+            coming = threads.submit(ask, sessions, project_id, job.id, "resume")
+            leaving.result()
+            coming.result()
+            now = rows.read(sessions, job.id)
+            assert (now.status, now.asked) == (JobStatus.QUEUED, None)
+
+
+def test_a_cancel_wins_over_a_pause(sessions: Sessions, project_id: str) -> None:
+    job = rows.job(sessions, project_id)
+    fence = rows.claimed(sessions, job.id).fence
+    ask(sessions, project_id, job.id, "pause")
+    ask(sessions, project_id, job.id, "cancel")
+    for late in ("pause", "resume"):
+        with pytest.raises(Conflict) as caught:
+            ask(sessions, project_id, job.id, late)
+        assert caught.value.code == "job_cancelling"
+    assert released(sessions, job.id, fence) == JobStatus.CANCELLED
+
+
+def test_a_paused_job_is_cancelled_at_once(sessions: Sessions, project_id: str) -> None:
+    job = rows.job(sessions, project_id)
+    ask(sessions, project_id, job.id, "pause")
+    assert ask(sessions, project_id, job.id, "cancel").status == JobStatus.CANCELLED
+    assert rows.read(sessions, job.id).finished_at is not None
+
+
+def test_a_paused_job_is_unfinished_and_keeps_its_data(sessions: Sessions, project_id: str) -> None:
+    data = rows.dataset(sessions, project_id)
+    job = rows.job(sessions, project_id, dataset_id=data.id)
+    ask(sessions, project_id, job.id, "pause")
+    with pytest.raises(Conflict) as caught, sessions.begin() as session:
+        jobs.remove(session, project_id, job.id)
+    assert caught.value.code == "job_not_finished"
+    with pytest.raises(Conflict) as caught, sessions.begin() as session:
+        datasets.delete(session, project_id, data.id)
+    assert caught.value.code == "dataset_in_use"
+
+
+# ---- Retry
+
+
+@pytest.fixture
+def failed(sessions: Sessions, project_id: str) -> Job:
+    """A job that failed at step 12, with a checkpoint of step 10."""
+    data = rows.dataset(sessions, project_id)
+    job = rows.job(sessions, project_id, dataset_id=data.id)
+    rows.claimed(sessions, job.id)
+    with sessions.begin() as session:
+        attempts.crash(session, job.id, 1, "it fell", code="worker_lost", max_crashes=5)
+    fence = rows.claimed(sessions, job.id).fence
+    with sessions.begin() as session:
+        attempts.renew(session, job.id, fence, 60, step=12, metrics={"train_loss": 1.0})
+        events.measure(session, job.id, 10, {"loss": 1.0})
+        events.add_checkpoint(session, job.id, 10, "a key", [], {})
+        attempts.fail(session, job.id, fence, GraftError("broken", "It broke."))
+    return rows.read(sessions, job.id)
+
+
+def retry(sessions: Sessions, job: Job, changes: dict[str, Any] | None = None) -> list[str]:
+    with sessions.begin() as session:
+        _, dropped = jobs.retry(session, job.project_id, job.id, changes or {})
+        return list(dropped)
+
+
+def test_a_failed_job_is_retried_from_its_checkpoint(sessions: Sessions, failed: Job) -> None:
+    assert (
+        retry(sessions, failed, {"training": {"learning_rate": 0.001}, "limits": {"max_seconds": 60}}) == []
+    )
+    job = rows.read(sessions, failed.id)
+    assert (job.status, job.error, job.finished_at, job.crashes, job.step) == ("queued", None, None, 0, 12)
+    assert (job.spec["training"]["learning_rate"], job.spec["limits"]["max_seconds"]) == (0.001, 60)
+    with sessions() as session:
+        event = events.latest(session, job.id, "retried")
+        assert [row.step for row in events.checkpoints(session, job.id)] == [10]
+        assert attempts.unsent(session, 10) == [job.id]
+    assert event is not None
+    assert event.message == "Retried with changes; the job goes on from the checkpoint of step 10."
+    assert event.data is not None
+    assert event.data["changes"]["training.learning_rate"] == 0.001
+    assert rows.claimed(sessions, job.id).attempt == 3
+
+
+def test_changes_that_no_checkpoint_fits_start_the_job_over(sessions: Sessions, failed: Job) -> None:
+    assert retry(sessions, failed, {"lora": {"r": 4}}) == ["a key"]
+    job = rows.read(sessions, failed.id)
+    assert (job.status, job.step, job.metrics) == ("queued", 0, {})
+    with sessions() as session:
+        assert events.checkpoints(session, job.id) == []
+        assert events.metrics(session, job.id) == []
+        event = events.latest(session, job.id, "retried")
+    assert event is not None
+    assert "from the beginning: its checkpoints do not fit the new lora.r" in event.message
+
+
+def test_a_retry_can_be_asked_for_twice_but_not_with_other_changes(sessions: Sessions, failed: Job) -> None:
+    changes = {"training": {"learning_rate": 0.001, "batch_size": "auto"}}
+    for status in ("queued", "queued", "running"):
+        if status == "running":
+            rows.claimed(sessions, failed.id)
+        retry(sessions, failed, changes)
+        assert rows.read(sessions, failed.id).status == status
+    assert told(sessions, failed.id).count("retried") == 1
+    with pytest.raises(Conflict) as caught:
+        retry(sessions, failed, {"training": {"learning_rate": 0.5}})
+    assert caught.value.code == "job_not_finished"
+
+
+def test_a_paused_job_is_resumed_and_not_retried(sessions: Sessions, project_id: str) -> None:
+    job = rows.job(sessions, project_id)
+    ask(sessions, project_id, job.id, "pause")
+    with pytest.raises(Conflict) as caught:
+        retry(sessions, job)
+    assert caught.value.hint is not None
+    assert "/resume" in caught.value.hint
+
+
+def test_changes_that_do_not_go_with_the_rest_change_nothing(sessions: Sessions, failed: Job) -> None:
+    with pytest.raises(BadRequest) as caught:
+        retry(sessions, failed, {"training": {"batch_size": 3}})
+    assert caught.value.param == "training"
+    assert rows.read(sessions, failed.id).status == JobStatus.FAILED
+
+
+def test_a_job_whose_data_is_gone_is_not_retried(sessions: Sessions, failed: Job) -> None:
+    assert failed.dataset_id is not None
+    with sessions.begin() as session:
+        datasets.delete(session, failed.project_id, failed.dataset_id)
+    with pytest.raises(NotFound) as caught:
+        retry(sessions, failed)
+    assert caught.value.code == "dataset_not_found"
+
+
+def test_a_job_that_succeeded_is_neither_paused_nor_resumed_nor_retried(
+    sessions: Sessions, project_id: str
+) -> None:
+    job = rows.job(sessions, project_id)
+    fence = rows.claimed(sessions, job.id).fence
+    with sessions.begin() as session:
+        attempts.succeed(session, job.id, fence, rows.adapter(project_id, job.id))
+    for what in ("pause", "resume"):
+        with pytest.raises(Conflict) as caught:
+            ask(sessions, project_id, job.id, what)
+        assert caught.value.code == "job_finished"
+    with pytest.raises(Conflict) as caught:
+        retry(sessions, job)
+    assert caught.value.code == "job_finished"
+
+
+# ---- Delete
 
 
 def test_only_a_finished_job_is_deleted_and_takes_its_traces_along(
@@ -139,6 +362,12 @@ def test_the_position_counts_the_queued_jobs_before(sessions: Sessions, project_
     assert positions()[1:] == [0, 1]
 
 
+def test_a_higher_priority_comes_before(sessions: Sessions, project_id: str) -> None:
+    first, second, high = (rows.job(sessions, project_id, priority=priority) for priority in (0, 0, 3))
+    with sessions() as session:
+        assert [jobs.position(session, job) for job in (first, second, high)] == [1, 2, 0]
+
+
 # ---- Idempotency
 
 
@@ -199,6 +428,20 @@ def test_metrics_of_a_step_are_joined_and_those_done_again_replaced(
     with sessions() as session:
         found = [(row.step, row.values) for row in events.metrics(session, job.id)]
     assert found == [(1, {"loss": 9.0}), (2, {"loss": 2.0, "eval_loss": 0.5})]
+
+
+def test_the_best_checkpoint_has_the_lowest_validation_loss(sessions: Sessions, project_id: str) -> None:
+    job = rows.job(sessions, project_id)
+    losses = {1: None, 2: 0.5, 3: 0.25, 4: 0.25, 5: 0.75}
+    with sessions.begin() as session:
+        for step, loss in losses.items():
+            events.add_checkpoint(session, job.id, step, "key", [], {"eval_loss": loss} if loss else {})
+    with sessions() as session:
+        found = events.checkpoints(session, job.id)
+    best = events.best(found)
+    assert best is not None
+    assert best.step == 3
+    assert events.best([row for row in found if row.step == 1]) is None
 
 
 def test_a_checkpoint_written_again_replaces_the_first(sessions: Sessions, project_id: str) -> None:

@@ -3,7 +3,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from core.ml.training.config import Spec, Training, settle
+from core.ml.training import plan
+from core.ml.training.config import Spec, Training, lora_of, settle
+from core.ml.training.data import Rows, Tokenised
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,16 @@ from core.ml.training.config import Spec, Training, settle
         {"training": {"overlength": "cut"}},
         {"training": {"loss_on": "everything"}},
         {"evaluation": {"every_steps": 0}},
+        {"evaluation": {"rows": 2001}},
+        {"evaluation": {"metrics": ["bleu"]}},
+        {"evaluation": {"metrics": ["rouge", "exact_match", "rouge"]}},
+        {"evaluation": {"prompts": ["x"] * 17}},
+        {"evaluation": {"prompts": [""]}},
+        {"evaluation": {"early_stopping": {}}},
+        {"evaluation": {"every_steps": 5, "early_stopping": {"patience": 0}}},
+        {"limits": {"max_seconds": 0}},
+        {"lora": {"init": "pizza"}},
+        {"training": {"optimizer": "sgd"}},
         {"checkpoints": {"every_steps": 0}},
         {"checkpoints": {"keep": 0}},
     ],
@@ -50,6 +62,11 @@ def test_values_out_of_bounds_are_refused(spec: dict[str, Any]) -> None:
         {"seed": 2**31 - 1},
         {"lora": {"r": 256, "alpha": 1024, "dropout": 0}},
         {"quantization": {"bits": 16}},
+        {"quantization": {"bits": 8, "type": "fp4", "double_quant": False}},
+        {"lora": {"use_dora": True, "dropout": 0.1}},
+        {"lora": {"init": "pissa"}},
+        {"training": {"optimizer": "paged_adamw_32bit"}},
+        {"evaluation": {"every_steps": "auto", "metrics": []}},
         {"training": {"epochs": 100}},
         {"training": {"max_steps": 1_000_000}},
         {"training": {"batch_size": 256, "effective_batch_size": 4096}},
@@ -65,7 +82,9 @@ def test_values_at_the_bounds_are_taken(spec: dict[str, Any]) -> None:
             assert made[name] == part
 
 
-@pytest.mark.parametrize("place", ["", "quantization", "lora", "training", "evaluation", "checkpoints"])
+@pytest.mark.parametrize(
+    "place", ["", "quantization", "lora", "training", "evaluation", "checkpoints", "limits"]
+)
 def test_unknown_fields_are_refused_everywhere(place: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Spec.model_validate({place: {"surprise": 1}} if place else {"surprise": 1})
@@ -104,7 +123,7 @@ def test_target_modules_may_be_named(modules: Any) -> None:
 def test_settle_decides_what_needs_neither_data_nor_device() -> None:
     training = settle(Spec()).training
     assert (training.epochs, training.max_steps) == (3.0, None)
-    assert (training.batch_size, training.loss_on) == (8, "auto")
+    assert (training.batch_size, training.loss_on) == ("auto", "auto")
     assert (training.max_length, training.gradient_checkpointing) == ("auto", "auto")
 
 
@@ -113,13 +132,101 @@ def test_settle_changes_nothing_that_was_said() -> None:
     assert settle(said) == said
 
 
-@pytest.mark.parametrize(("effective", "batch"), [(1, 1), (7, 7), (9, 3), (11, 1), (12, 6), (4096, 8)])
-def test_settle_takes_the_largest_batch_that_divides(effective: int, batch: int) -> None:
-    assert settle(Spec(training=Training(effective_batch_size=effective))).training.batch_size == batch
-
-
 def test_a_settled_spec_survives_json() -> None:
     settled = settle(
         Spec.model_validate({"lora": {"target_modules": ["q_proj"]}, "training": {"epochs": 0.5}})
     )
     assert Spec.model_validate_json(settled.model_dump_json()) == settled
+
+
+# ---- The evaluations of a run
+
+
+def interval(every: Any, rows: int, held_back: int, **training: Any) -> int | None:
+    spec = settle(Spec.model_validate({"evaluation": {"every_steps": every}, "training": training}))
+    found = plan.resolved(
+        spec, Rows(Tokenised(64), range(rows), range(held_back), None, [])
+    ).evaluation.every_steps
+    assert found != "auto"
+    return found
+
+
+def test_auto_evaluates_four_times_an_epoch_or_run() -> None:
+    assert interval("auto", 800, 10, epochs=3) == 25
+    assert interval("auto", 800, 10, max_steps=40) == 10
+    assert interval("auto", 8, 10, epochs=1) == 1
+
+
+def test_auto_does_not_evaluate_all_the_time_where_epochs_are_short() -> None:
+    assert interval("auto", 16, 10, max_steps=1000) == 25
+
+
+def test_without_held_back_rows_there_is_nothing_to_evaluate() -> None:
+    assert interval("auto", 800, 0) is None
+    assert (interval(7, 800, 10), interval(None, 800, 10)) == (7, None)
+
+
+# ---- An adapter to continue from
+
+# As peft 0.21 writes it, without what is null.
+WRITTEN = {
+    "base_model_name_or_path": "tests/tiny",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 32,
+    "lora_bias": False,
+    "lora_dropout": 0.05,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+    "use_dora": True,
+    "use_qalora": False,
+    "use_rslora": True,
+}
+
+
+def test_the_lora_settings_of_an_adapter_are_read_from_its_configuration() -> None:
+    assert lora_of(WRITTEN).model_dump() == {
+        "r": 8,
+        "alpha": 32,
+        "dropout": 0.05,
+        "target_modules": ["q_proj", "v_proj"],
+        "use_rslora": True,
+        "use_dora": True,
+        "init": "default",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"peft_type": "IA3"}, "not that of a LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights pissa_niter_4"),
+        ({"init_lora_weights": "loftq"}, "changed the base model's weights"),
+        ({"bias": "all"}, "biases"),
+        ({"modules_to_save": ["lm_head"]}, "it has modules_to_save"),
+        ({"rank_pattern": {"q_proj": 4}}, "it has rank_pattern"),
+        ({"of_a_later_peft": 1}, "it has of_a_later_peft"),
+        ({"target_modules": ".*q_proj"}, "its target_modules is out of bounds"),
+        ({"r": 512}, "its r is out of bounds"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_not_continued(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        lora_of(WRITTEN | changes)
+
+
+@pytest.mark.parametrize("content", [None, [], "LORA", {}])
+def test_what_is_no_configuration_is_not_continued(content: Any) -> None:
+    with pytest.raises(ValueError, match="not that of a LoRA"):
+        lora_of(content)

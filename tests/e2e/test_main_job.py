@@ -5,13 +5,14 @@ import json
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
 from graft_client.client import ApiError
-from tests.service import GRAFT, Service
+from tests.service import GRAFT, Service, wait_until
 
 LOADS_PLAINLY = """
 import sys, torch
@@ -150,21 +151,41 @@ def test_the_trainer_leaves_no_memory_behind(service: Service, job: dict) -> Non
     assert "libtorch" not in Path(f"/proc/{worker}/maps").read_text()
 
 
-def test_the_cli_trains_lists_and_chats(service: Service, rows_file: Path, tmp_path: Path) -> None:
-    def graft(*words: str) -> str:
-        done = subprocess.run(
-            [str(GRAFT), *words, "--url", service.url, "--home", str(service.home)],
-            capture_output=True,
-            text=True,
-            env=service.environment,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+def run_graft(service: Service, *words: str) -> str:
+    done = subprocess.run(
+        [str(GRAFT), *words, "--url", service.url, "--home", str(service.home)],
+        capture_output=True,
+        text=True,
+        env=service.environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
+
+def test_the_cli_trains_lists_and_chats(service: Service, rows_file: Path, tmp_path: Path) -> None:
+    graft = partial(run_graft, service)
     saved = tmp_path / "adapter.zip"
-    said = graft("train", str(rows_file), "--steps", "2", "--name", "from-cli", "-o", str(saved))
+    assert "quick_cpu@1" in graft("presets")
+    options = ("--preset", "quick_cpu", "--steps", "2", "--name", "from-cli", "-o", str(saved))
+    said = graft("train", str(rows_file), *options)
     assert "Succeeded" in said
     assert zipfile.is_zipfile(saved)
     assert "from-cli" in graft("jobs")
     adapter = next(word for word in said.split() if word.startswith("ad_")).rstrip(",")
     assert graft("chat", "--adapter", adapter, "-m", "name 3", "--max-new-tokens", "8").endswith("\n")
+
+
+def test_the_cli_pauses_resumes_cancels_and_retries(service: Service, job: dict) -> None:
+    graft = partial(run_graft, service)
+    with service.client() as client:
+        body = {"dataset_id": job["dataset_id"], "training": {"max_steps": 5000}}
+        job_id = client.create_job(body)["id"]
+        graft("pause", job_id)
+        wait_until(lambda: client.job(job_id)["status"] == "paused", "the job is paused")
+        assert graft("resume", job_id) == f"Job {job_id} is queued.\n"
+        graft("cancel", job_id)
+        wait_until(lambda: client.job(job_id)["status"] == "cancelled", "the job is cancelled")
+        said = graft("retry", job_id, "--set", "training.max_steps=1", "--set", "seed=7")
+        assert said == f"Job {job_id} is queued.\n"
+        *_, again = client.watch(job_id)
+    assert (again["status"], again["progress"]["step"], again["spec"]["seed"]) == ("succeeded", 1, 7)

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,10 @@ def start_and_reach(client: Client, dataset: str, step: int) -> str:
     wait_until(lambda: client.job(job_id)["progress"]["step"] >= step, f"step {step}")
     assert client.job(job_id)["status"] == "running"
     return job_id
+
+
+def has_reached(client: Client, job_id: str, step: int) -> bool:
+    return bool(client.job(job_id)["progress"]["step"] >= step)
 
 
 def trainer_of(service: Service) -> int:
@@ -127,6 +132,82 @@ def test_cancel_ends_a_running_job_and_leaves_no_adapter(service: Service, datas
         assert client.cancel(job_id)["status"] == "cancelled"
         assert len(client.adapters(100)) == before
         assert job["adapter_id"] is None
+
+
+def test_a_pause_frees_the_device_and_the_job_comes_to_the_same_weights(
+    service: Service, dataset: str, undisturbed: dict
+) -> None:
+    quick = {"dataset_id": dataset, "training": {"max_steps": 1}}
+    with service.client() as client:
+        job_id = start_and_reach(client, dataset, 8)
+        low = client.create_job(quick)["id"]
+        high = client.create_job({**quick, "priority": 5})["id"]
+        assert [client.job(waiting)["queue"]["position"] for waiting in (low, high)] == [1, 0]
+        client.pause(job_id)
+        wait_until(lambda: client.job(job_id)["status"] == "paused", "the job is paused", 30)
+        saved = client.checkpoints(job_id)[0]["step"]
+        assert saved >= 8
+        *_, first = client.watch(low)
+        *_, second = client.watch(high)
+        assert second["started_at"] < first["started_at"]
+        assert client.job(job_id)["status"] == "paused"
+        client.resume(job_id)
+        *_, job = client.watch(job_id)
+        assert job["status"] == "succeeded", (job["error"], service.logs())
+        resumed = next(event for event in client.events(job_id) if event["type"] == "resumed")
+        assert resumed["data"]["step"] == saved  # no step is done twice
+        assert weights(client, job) == weights(client, undisturbed)
+
+
+def test_a_resume_right_after_a_pause_never_leaves_the_job_behind(
+    service: Service, dataset: str, undisturbed: dict
+) -> None:
+    with service.client() as client:
+        job_id = start_and_reach(client, dataset, 5)
+        for reached, wait in ((10, 0), (20, 1.2)):  # before and after the worker has heard of it
+            client.pause(job_id)
+            time.sleep(wait)
+            assert client.resume(job_id)["status"] in ("running", "queued")
+            wait_until(partial(has_reached, client, job_id, reached), "it goes on")
+        *_, job = client.watch(job_id)
+        assert job["status"] == "succeeded", (job["error"], service.logs())
+        assert weights(client, job) == weights(client, undisturbed)
+
+
+def test_a_trainer_killed_while_it_is_to_pause_leaves_a_paused_job(
+    service: Service, dataset: str, undisturbed: dict
+) -> None:
+    with service.client() as client:
+        job_id = start_and_reach(client, dataset, 12)
+        trainer = trainer_of(service)
+        os.kill(trainer, signal.SIGSTOP)  # it hears of the pause, and comes no further
+        client.pause(job_id)
+        time.sleep(1.5)
+        os.kill(trainer, signal.SIGKILL)
+        wait_until(lambda: client.job(job_id)["status"] == "paused", "the job is paused", 30)
+        kinds = [event["type"] for event in client.events(job_id)]
+        assert kinds[:3] == ["paused", "crashed", "pause_requested"]
+        client.resume(job_id)
+        *_, job = client.watch(job_id)
+        assert job["status"] == "succeeded", (job["error"], service.logs())
+        assert weights(client, job) == weights(client, undisturbed)
+
+
+def test_a_cancelled_job_is_retried_from_where_it_was(service: Service, dataset: str) -> None:
+    with service.client() as client:
+        job_id = start_and_reach(client, dataset, 8)
+        client.cancel(job_id)
+        wait_until(lambda: client.job(job_id)["status"] == "cancelled", "the job is cancelled", 30)
+        saved = client.checkpoints(job_id)[0]["step"]
+        changes = {"training": {"max_steps": saved + 4, "learning_rate": 0.001}, "checkpoints": {"keep": 1}}
+        client.retry(job_id, changes)
+        *_, job = client.watch(job_id)
+        assert job["status"] == "succeeded", (job["error"], service.logs())
+        assert job["progress"]["step"] == saved + 4
+        assert [row["step"] for row in client.checkpoints(job_id)] == [saved + 4]
+        rates = {row["step"]: row["learning_rate"] for row in client.metrics(job_id)}
+        assert rates[saved] > 0.005
+        assert 0 < rates[saved + 1] <= 0.001
 
 
 def test_a_deleted_data_set_cannot_vanish_under_a_job(service: Service, dataset: str) -> None:

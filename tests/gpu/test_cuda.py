@@ -143,7 +143,7 @@ def test_trainers_of_the_fork_server_reach_the_device(models: Catalogue, tmp_pat
     child.cool_down()
 
 
-@pytest.mark.parametrize("precision", [{"bits": 16}, {"compute_dtype": "float16"}])
+@pytest.mark.parametrize("precision", [{"bits": 16}, {"bits": 8}, {"compute_dtype": "float16"}])
 def test_other_precisions_train(models: Catalogue, tmp_path: Path, precision: dict[str, Any]) -> None:
     result = sft.train(
         run(models, tmp_path / "work", 5, quantization=precision), lambda *_, **__: None, lambda: False

@@ -1,7 +1,7 @@
 """What the preview shows is what the trainer feeds, token for token, for every format."""
 
 import json
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +113,20 @@ def test_the_preview_shows_the_batches_of_the_trainer(
     )
     rows = rows_of(Run(model, spec, source, None, None, tmp_path), contract, context=2048)
     precision = base_model.settle(spec.quantization)
-    settled = plan.resolved(spec, rows, assembly.device_choices(precision))
-    loaded = assembly.with_adapter(base_model.load(model, precision), settled)
-    trainer = assembly.trainer_of(loaded, settled, precision, contract, rows, tmp_path / "out")
+    planned = plan.made(spec, rows, assembly.device(precision), None)
+    loaded = assembly.loaded(model, precision, planned)
+    trainer = assembly.trainer_of(loaded, planned, precision, contract, rows, tmp_path / "out")
     fed = []
     for batch in trainer.get_train_dataloader():
-        for ids, labels, real in zip(
-            batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
-        ):
-            length = int(real.sum())
-            fed.append((ids[:length].tolist(), labels[:length].tolist()))
-            assert set(labels[length:].tolist()) <= {-100}
+        for first, last in pairwise(batch["cu_seq_lens_q"].tolist()):
+            fed.append([batch[name][0, first:last].tolist() for name in ("input_ids", "labels")])
     shown = []
     with source.path.open("rb") as file:
         for line, example in validate.conversations(file, source.reading):
             row = preview._preview_row(contract, line, example, loss_on, 10_000, cut=False)
-            shown.append(
-                ([token.id for token in row.tokens], [t.id if t.trained else -100 for t in row.tokens])
-            )
+            # Nothing stands before the first token that it could be learned from.
+            labels = [-100] + [token.id if token.trained else -100 for token in row.tokens[1:]]
+            shown.append([[token.id for token in row.tokens], labels])
             assert row.n_trained
             assert row.text == contract.tokenizer.decode([token.id for token in row.tokens])
     assert sorted(fed) == sorted(shown)

@@ -3,7 +3,6 @@
 import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,58 +13,12 @@ from safetensors.torch import load_file
 
 from core.errors import GraftError
 from core.hashes import sha256
-from core.ml import base_model, catalogue
-from core.ml.catalogue import BaseModel, Catalogue
-from core.ml.formats.validate import Reading
+from core.ml import base_model
+from core.ml.catalogue import BaseModel
 from core.ml.quantization import Quantization
 from core.ml.training import assembly, config, sft
-from core.ml.training.run import Run, Source
-from tests import tiny
-
-ROWS = [
-    {"prompt": f"name {n % 9} of table {n}", "completion": f"SELECT {n % 5}" + " and the" * (n % 4)}
-    for n in range(40)
-]
-
-
-@pytest.fixture
-def model(tiny_model: Path, tmp_path: Path) -> BaseModel:
-    return catalogue.find(Catalogue(tmp_path / "models", {tiny.NAME: str(tiny_model)}), tiny.NAME)
-
-
-@pytest.fixture
-def make_run(model: BaseModel, tmp_path: Path) -> Callable[..., Run]:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    source = Source(rows, Reading("jsonl", False, "prompt_completion", None))
-
-    def make(
-        name: str = "work", resume: Path | None = None, fraction: float | None = None, **spec: Any
-    ) -> Run:
-        work = tmp_path / name
-        work.mkdir()
-        training = {
-            "max_steps": 6,
-            "effective_batch_size": 4,
-            "learning_rate": 0.01,
-            **spec.pop("training", {}),
-        }
-        settled = config.settle(config.Spec.model_validate({"training": training, **spec}))
-        return Run(model, settled, source, None, fraction, work, resume)
-
-    return make
-
-
-def train(run: Run) -> tuple[sft.Result, list[tuple[str, dict[str, Any]]]]:
-    reports: list[tuple[str, dict[str, Any]]] = []
-    result = sft.train(run, lambda kind, /, **data: reports.append((kind, data)), lambda: False)
-    return result, reports
-
-
-def losses(reports: list[tuple[str, dict[str, Any]]]) -> list[float]:
-    return [
-        data["values"]["loss"] for kind, data in reports if kind == "metrics" and "loss" in data["values"]
-    ]
+from core.ml.training.run import Run
+from tests.ml.runs import losses, train
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(make_run: Callable[..., Run]) -> None:
@@ -193,32 +146,16 @@ def test_the_cached_quantised_base_is_the_same_bit_for_bit(model: BaseModel) -> 
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
-    make_run: Callable[..., Run], tmp_path: Path
-) -> None:
-    run = make_run(
-        training={"learning_rate": 1.0, "max_grad_norm": 100.0, "max_steps": 60, "scheduler": "constant"}
-    )
-    broken = tmp_path / "broken"
-    tiny.make(broken)
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
-    from safetensors.torch import save_file
-
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    nan_model = catalogue.find(Catalogue(tmp_path / "nan", {tiny.NAME: str(broken)}), tiny.NAME)
-    with pytest.raises(GraftError) as caught:
-        train(Run(nan_model, run.spec, run.train, None, None, run.work))
-    assert caught.value.code == "training_diverged"
-    assert "step 1" in caught.value.message
-
-
 @pytest.mark.parametrize(
     "spec",
     [
         {"quantization": {"bits": 16}},
         {"quantization": {"type": "fp4", "double_quant": False}},
         {"quantization": {"compute_dtype": "float32"}},
+        {"quantization": {"bits": 8}},
+        {"lora": {"use_dora": True}},
+        {"lora": {"init": "gaussian"}},
+        {"training": {"optimizer": "adamw_8bit"}},
         {"lora": {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}},
         {"training": {"gradient_checkpointing": True}},
         {"training": {"loss_on": "all"}},
@@ -231,6 +168,7 @@ def test_every_kind_of_spec_trains(make_run: Callable[..., Run], spec: dict[str,
     result, reports = train(make_run(**spec))
     plan = next(data for kind, data in reports if kind == "plan")
     assert result.adapter is not None
+    del plan["spec"]["evaluation"]["metrics"]  # the answers are judged later
     assert '"auto"' not in json.dumps(plan["spec"])
     assert len(losses(reports)) == plan["total_steps"]
 

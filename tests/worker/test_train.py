@@ -18,6 +18,13 @@ from worker import reports, train
 from worker.context import Context
 from worker.reports import Attempt
 
+CERTIFICATE: dict[str, Any] = {
+    "version": 1,
+    "ok": False,
+    "checks": [{"name": "keys", "ok": True}, {"name": "stop_rate", "ok": False}],
+    "evaluation": {"verdict": {"words": "It is better."}},
+}
+
 
 class LosesAnswers:
     """A database whose commit arrives while its answer does not, the first `times` times."""
@@ -67,13 +74,22 @@ def test_an_adapter_stays_when_only_the_answer_of_its_commit_is_lost(
     context: Context, attempt: Attempt, finished: Path, lost: int
 ) -> None:
     shaky = Context(**{**vars(context), "sessions": LosesAnswers(context.sessions, lost)})
-    train._publish(shaky, attempt, finished, {"train_loss": 1.0})
+    train.publish(shaky, attempt, finished, {"train_loss": 1.0}, CERTIFICATE)
     job = job_of(context, attempt)
     assert job.status == JobStatus.SUCCEEDED
     with context.sessions() as session:
         (adapter,) = session.query(Adapter).all()
     assert adapter.id == job.adapter_id
+    assert (adapter.certificate, adapter.metrics, job.metrics) == (
+        CERTIFICATE,
+        {"train_loss": 1.0},
+        {"train_loss": 1.0},
+    )
     assert context.storage.size(f"{adapter.key}/adapter.zip") == adapter.size
+    with context.sessions() as session:
+        event = events.latest(session, job.id, "certificate")
+    assert event is not None
+    assert (event.level, event.message) == ("warning", "Not everything holds: stop_rate. It is better.")
     assert context.storage.open(f"{adapter.key}/files/adapter_model.safetensors").read() == b"weights"
 
 
@@ -83,7 +99,7 @@ def test_a_worker_that_lost_its_lease_publishes_nothing(
     with context.sessions.begin() as session:
         attempts.release(session, attempt.job.id, attempt.job.fence, "taken")
     with pytest.raises(Fenced):
-        train._publish(context, attempt, finished, {})
+        train.publish(context, attempt, finished, {}, CERTIFICATE)
     with context.sessions() as session:
         assert session.query(Adapter).all() == []
     folder = context.storage.local("adapters")
@@ -91,7 +107,7 @@ def test_a_worker_that_lost_its_lease_publishes_nothing(
     assert not folder.is_dir() or list(folder.iterdir()) == []
 
 
-def store(context: Context, attempt: Attempt, step: int, tmp_path: Path) -> None:
+def store(context: Context, attempt: Attempt, step: int, tmp_path: Path, **metrics: float) -> None:
     folder = tmp_path / f"checkpoint-{step}"
     folder.mkdir()
     (folder / "optimizer.pt").write_bytes(str(step).encode())
@@ -99,7 +115,31 @@ def store(context: Context, attempt: Attempt, step: int, tmp_path: Path) -> None
     key = f"jobs/{attempt.job.id}/checkpoints/0-{step}"
     context.storage.put_folder(folder, key, ["optimizer.pt"])
     with context.sessions.begin() as session:
-        events.add_checkpoint(session, attempt.job.id, step, key, [dict(info) for info in files], {})
+        events.add_checkpoint(session, attempt.job.id, step, key, [dict(info) for info in files], metrics)
+
+
+def damage(context: Context, attempt: Attempt, step: int) -> None:
+    file = context.storage.local(f"jobs/{attempt.job.id}/checkpoints/0-{step}/optimizer.pt")
+    assert file is not None
+    file.write_bytes(b"x")
+
+
+def kept(context: Context, attempt: Attempt) -> list[int]:
+    with context.sessions() as session:
+        return [row.step for row in events.checkpoints(session, attempt.job.id)]
+
+
+def fetched(context: Context, attempt: Attempt) -> list[bytes | None]:
+    """What lies in the checkpoint to resume from and in the best one."""
+    with context.sessions() as session:
+        saved = events.checkpoints(session, attempt.job.id)
+    folders = train.fetch_checkpoints(context, attempt, saved)
+    return [folder and (folder / "optimizer.pt").read_bytes() for folder in folders]
+
+
+def told(context: Context, attempt: Attempt) -> list[str]:
+    with context.sessions() as session:
+        return [event.type for event in events.after(session, attempt.job.id, 0)]
 
 
 def test_damaged_checkpoints_are_passed_over_and_do_not_push_out_the_good_one(
@@ -108,20 +148,82 @@ def test_damaged_checkpoints_are_passed_over_and_do_not_push_out_the_good_one(
     for step in (10, 20, 30):
         store(context, attempt, step, tmp_path)
     for step in (20, 30):
-        broken = context.storage.local(f"jobs/{attempt.job.id}/checkpoints/0-{step}/optimizer.pt")
-        assert broken is not None
-        broken.write_bytes(b"x")
-    with context.sessions() as session:
-        saved = events.checkpoints(session, attempt.job.id)
-    resume, step = train._resume(context, attempt, saved)
-    assert step == 10
-    assert resume is not None
-    assert (resume / "optimizer.pt").read_bytes() == b"10"
-    with context.sessions() as session:
-        assert [row.step for row in events.checkpoints(session, attempt.job.id)] == [10]
-        kinds = [event.type for event in events.after(session, attempt.job.id, 0)]
+        damage(context, attempt, step)
+    assert fetched(context, attempt) == [b"10", None]
+    assert kept(context, attempt) == [10]
+    kinds = told(context, attempt)
     assert kinds.count("checkpoint_damaged") == 2
     assert "resumed" in kinds
+
+
+def test_the_best_checkpoint_comes_along_and_a_damaged_one_is_not_taken_for_it(
+    context: Context, attempt: Attempt, tmp_path: Path
+) -> None:
+    for step, loss in ((10, 0.5), (20, 0.25), (30, 0.75)):
+        store(context, attempt, step, tmp_path, eval_loss=loss)
+    assert fetched(context, attempt) == [b"30", b"20"]
+    damage(context, attempt, 20)
+    assert fetched(context, attempt) == [b"30", b"10"]
+    assert kept(context, attempt) == [30, 10]
+
+
+def test_without_a_whole_checkpoint_the_job_begins_anew(
+    context: Context, attempt: Attempt, tmp_path: Path
+) -> None:
+    store(context, attempt, 10, tmp_path, eval_loss=0.5)
+    damage(context, attempt, 10)
+    assert fetched(context, attempt) == [None, None]
+    assert kept(context, attempt) == []
+    assert job_of(context, attempt).step == 0
+
+
+# ---- Reports
+
+
+def report(context: Context, attempt: Attempt, *reported: tuple[str, dict[str, Any]]) -> None:
+    attempt.reports.extend(reported)
+    reports.write(context, attempt)
+
+
+def measured(step: int, **values: float) -> tuple[str, dict[str, Any]]:
+    return "metrics", {"step": step, "values": values, "progress": None}
+
+
+def test_the_last_checkpoints_and_the_best_are_kept_with_what_their_own_step_measured(
+    context: Context, attempt: Attempt
+) -> None:
+    losses = {1: 0.9, 2: 0.3, 3: 0.8, 4: 0.3, 5: 0.7}
+    for step, loss in losses.items():
+        attempt.stored.append({"step": step, "files": []})
+        # A checkpoint is stored while the training goes on: a later step is known when it is entered.
+        report(context, attempt, measured(step, loss=1.0, eval_loss=loss), measured(step + 1, loss=2.0))
+    assert kept(context, attempt) == [5, 4, 2]
+    with context.sessions() as session:
+        rows_ = {row.step: row.metrics for row in events.checkpoints(session, attempt.job.id)}
+    assert rows_ == {step: {"train_loss": 1.0, "eval_loss": losses[step]} for step in (5, 4, 2)}
+
+
+def test_a_step_that_was_not_evaluated_is_not_the_best(context: Context, attempt: Attempt) -> None:
+    report(context, attempt, measured(2, eval_loss=0.3))
+    attempt.stored.append({"step": 3, "files": []})
+    report(context, attempt, measured(3, loss=1.0))
+    attempt.stored.append({"step": 4, "files": []})
+    report(context, attempt, ("best", {"step": 4, "eval_loss": 0.2}))
+    with context.sessions() as session:
+        saved = events.checkpoints(session, attempt.job.id)
+    assert {row.step: row.metrics for row in saved} == {3: {"train_loss": 1.0}, 4: {"eval_loss": 0.2}}
+
+
+def test_samples_and_notes_become_events(context: Context, attempt: Attempt) -> None:
+    sample = {"prompt": "Hi", "expected": None, "text": "Hello", "finish_reason": "stop"}
+    note = {"type": "early_stop", "level": "warning", "message": "Stopped early.", "data": {"step": 9}}
+    unknown = ("alive", {})
+    report(context, attempt, ("samples", {"step": 5, "samples": [sample]}), ("note", note), unknown)
+    with context.sessions() as session:
+        *_, samples, early = events.after(session, attempt.job.id, 0)
+    assert (samples.type, samples.message) == ("samples", "Answers to 1 prompts at step 5.")
+    assert samples.data == {"step": 5, "samples": [sample]}
+    assert (early.type, early.level, early.message, early.data) == tuple(note.values())
 
 
 def test_progress_gives_the_patience_with_crashes_back(context: Context, attempt: Attempt) -> None:

@@ -1,18 +1,18 @@
 """What a job may say about its training: typed, bounded, unknown fields refused. No torch.
 
 Defaults are those of the QLoRA paper's successors: NF4 with double quantisation, all linear layers,
-r 16, learning rate 2e-4, gradient clipping at 0.3 (Dettmers and others, arXiv 2305.14314).
+r 16, learning rate 2e-4, gradient clipping at 0.3 (Dettmers and others, arXiv 2305.14314). The preset
+`default_qlora` spells them out. A field's description is the reason of its bounds: it is the hint of the error.
 """
 
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from core.ml.quantization import Part, Quantization
 
 Auto = Literal["auto"]
-Unit = Annotated[float, Field(ge=0, le=1)]
 
 _MODULE = re.compile(r"[A-Za-z0-9_]{1,64}")
 
@@ -26,9 +26,21 @@ class Lora(Part):
     """`init`: how A and B begin; "default" is Kaiming-uniform A and zero B, "pissa" the base weight's principal
     components (Meng and others, arXiv 2404.02948)."""
 
-    r: int = Field(16, ge=1, le=256)
-    alpha: int = Field(16, ge=1, le=1024)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(
+        16,
+        ge=1,
+        le=256,
+        description="Rank of the two matrices: 8 to 64 is usual, more costs memory and hardly helps.",
+    )
+    alpha: int = Field(
+        16, ge=1, le=1024, description="What is learnt is scaled by alpha / r, with use_rslora by alpha / √r."
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of its inputs that the adapter does not see: at 1 it would see nothing.",
+    )
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
@@ -48,18 +60,51 @@ class Lora(Part):
 class Training(Part):
     """`epochs` or `max_steps`, not both. Overlong rows are refused, dropped or cut in their prompt, never silently."""
 
-    epochs: float | None = Field(None, gt=0, le=100)
-    max_steps: int | None = Field(None, ge=1, le=1_000_000)
-    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
-    effective_batch_size: int = Field(8, ge=1, le=4096)
-    learning_rate: float = Field(2e-4, gt=0, le=1)
+    epochs: float | None = Field(
+        None, gt=0, le=100, description="Passes over the rows: after a few of them rows are learnt by heart."
+    )
+    max_steps: int | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps, instead of epochs.")
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
+        "auto", description="Rows at a time: memory grows with them, and not what is learnt of a step."
+    )
+    effective_batch_size: int = Field(
+        8,
+        ge=1,
+        le=4096,
+        description="Rows of one optimizer step: 8 to 128 is usual, more rows mean fewer steps.",
+    )
+    learning_rate: float = Field(
+        2e-4,
+        gt=0,
+        le=1,
+        description="1e-5 to 2e-3 is usual for LoRA: far above, the weights jump instead of learning.",
+    )
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    warmup_ratio: float = Field(
+        0.03,
+        ge=0,
+        lt=1,
+        description="Share of the steps in which the learning rate rises: at 1 it would never fall.",
+    )
     optimizer: Auto | Optimizer = "auto"
-    weight_decay: Unit = 0.0
-    max_grad_norm: float = Field(0.3, gt=0, le=100)
-    neftune_alpha: float | None = Field(None, gt=0, le=100)
-    max_length: Auto | Annotated[int, Field(ge=8, le=131_072)] = "auto"
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="A step takes this share of the learning rate off each weight: 0 to 0.1 is usual.",
+    )
+    max_grad_norm: float = Field(
+        0.3, gt=0, le=100, description="Longer gradients are shortened to this: at 0 nothing would be learnt."
+    )
+    neftune_alpha: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="Noise on the embeddings: 5 to 15 is usual, far above it drowns the text.",
+    )
+    max_length: Auto | Annotated[int, Field(ge=8, le=131_072)] = Field(
+        "auto", description="Tokens of a row at most: less than 8 hold no prompt with its answer."
+    )
     overlength: Literal["error", "drop", "truncate"] = "error"
     loss_on: Literal["auto", "assistant", "completion", "all"] = "auto"
     packing: Auto | bool = "auto"
@@ -80,22 +125,38 @@ class Training(Part):
 class EarlyStopping(Part):
     """Stop when the validation loss has not fallen by `min_delta` in `patience` evaluations running."""
 
-    patience: int = Field(3, ge=1, le=1000)
-    min_delta: float = Field(0.0, ge=0, le=100)
+    patience: int = Field(3, ge=1, le=1000, description="Evaluations without a better loss that are borne.")
+    min_delta: float = Field(
+        0.0, ge=0, le=100, description="A loss is better when it is lower by more than this."
+    )
 
 
 class Evaluation(Part):
-    """`every_steps`: evaluate while training; without it only at the end.
+    """`every_steps`: evaluate while training, with "auto" four times an epoch; without it only at the end.
 
     `metrics` of answers are taken on the first `rows` validation rows; `prompts` (user turns) are answered at
     every evaluation, by default those of the first validation rows.
     """
 
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: Auto | Annotated[int, Field(ge=1)] | None = None
     metrics: Auto | list[Metric] = "auto"
-    rows: int = Field(64, ge=1, le=2000)
-    prompts: list[Text] = Field([], max_length=16)
+    rows: int = Field(
+        64,
+        ge=1,
+        le=2000,
+        description="Each row is answered by base and adapter, token after token: many take hours.",
+    )
+    prompts: list[Text] = Field(
+        [], max_length=16, description="All of them are answered at every evaluation."
+    )
     early_stopping: EarlyStopping | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _once(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list) and len(set(value)) < len(value):
+            raise ValueError("a metric is named more than once")
+        return value
 
     @model_validator(mode="after")
     def _evaluated(self) -> Self:
@@ -103,16 +164,25 @@ class Evaluation(Part):
             raise ValueError("early_stopping needs evaluation.every_steps")
         return self
 
+    @property
+    def needs_validation(self) -> str | None:
+        """The setting, if any, that means nothing without validation rows."""
+        if self.early_stopping is not None:
+            return "early_stopping"
+        if isinstance(self.every_steps, int):
+            return "every_steps"
+        return "metrics" if isinstance(self.metrics, list) and self.metrics else None
+
 
 class Checkpoints(Part):
     every_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
-    keep: int = Field(2, ge=1, le=100)
+    keep: int = Field(2, ge=1, le=100, description="So many of the last ones; the best one is kept besides.")
 
 
 class Limits(Part):
     """`max_seconds` of training; then it stops after the step, and the best so far is kept."""
 
-    max_seconds: int | None = Field(None, ge=1, le=31_536_000)
+    max_seconds: int | None = Field(None, ge=1, le=31_536_000, description="From a second to a year.")
 
 
 class Spec(Part):
@@ -121,7 +191,7 @@ class Spec(Part):
     `continue_from`: the id of an adapter whose weights the training begins with.
     """
 
-    seed: int = Field(42, ge=0, lt=2**31)
+    seed: int = Field(42, ge=0, lt=2**31, description="A whole number that every library takes.")
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
     training: Training = Training()
@@ -137,7 +207,54 @@ def settle(spec: Spec) -> Spec:
     changes: dict[str, Any] = {}
     if training.epochs is None and training.max_steps is None:
         changes["epochs"] = 3.0
-    if training.batch_size == "auto":
-        effective = training.effective_batch_size
-        changes["batch_size"] = max(n for n in range(1, 9) if effective % n == 0)
     return spec.model_copy(update={"training": training.model_copy(update=changes)})
+
+
+# The settings of a LoRA in peft's names and in ours, and what peft writes beside them that changes no training.
+_SETTINGS = {
+    "r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target_modules",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+_BESIDE = {
+    "peft_type",
+    "peft_version",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+} | {
+    "auto_mapping",
+    "fan_in_fan_out",
+    "runtime_config",
+    "megatron_core",
+    "qalora_group_size",
+    "init_lora_weights",
+    "bias",
+}
+
+
+def lora_of(adapter_config: Any) -> Lora:
+    """The settings of an adapter to continue from, by its `adapter_config.json`.
+
+    Raises:
+        ValueError: it is of a kind that is not trained here; says what it has.
+    """
+    if not isinstance(adapter_config, dict) or adapter_config.get("peft_type") != "LORA":
+        raise ValueError("its adapter_config.json is not that of a LoRA")
+    if (begun := adapter_config.get("init_lora_weights", True)) not in (True, False, "gaussian"):
+        raise ValueError(f"it began with init_lora_weights {begun}, which changed the base model's weights")
+    if (bias := adapter_config.get("bias", "none")) != "none":
+        raise ValueError(f"it trains biases ({bias})")
+    for name, value in sorted(adapter_config.items()):
+        if value and name not in _SETTINGS and name not in _BESIDE:
+            raise ValueError(f"it has {name}, which is not trained here")
+    said = {ours: adapter_config[name] for name, ours in _SETTINGS.items() if name in adapter_config}
+    try:
+        return Lora.model_validate(said)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"its {problem['loc'][0]} is out of bounds: {problem['msg']}") from error

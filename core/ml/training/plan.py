@@ -1,55 +1,173 @@
 """From a spec and its rows to what will be done: nothing is left "auto". No torch."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
+from core.ml.training import memory, packing, support
 from core.ml.training.config import Spec
 from core.ml.training.data import Rows
+from core.ml.training.memory import Shape
 
 # Line numbers that are named of each kind.
 _LISTED = 100
+_EVALUATIONS = 4
+_MOST_EVALUATIONS = 40
+# A micro-batch of so many rows, or of more while it has no more tokens than this, keeps a device busy.
+_MOST_ROWS = 8
+_MANY_TOKENS = 4096
+# A smaller one without gradient checkpointing is slower than a larger one with it.
+_FEW_TOKENS = 1024
+# Of the free memory; the rest is for what the reckoning does not know.
+_SHARE = 0.8
 
 
 @dataclass(frozen=True)
-class DeviceChoices:
-    """What the device decides of a spec."""
+class Device:
+    """What a run is planned for; `packing`: whether rows can be packed without cost or contamination."""
 
     compute_dtype: Literal["bfloat16", "float16", "float32"]
-    gradient_checkpointing: bool
+    cuda: bool
+    free_bytes: int
+    packing: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A spec without "auto". `kept`: the 4-bit weights lie in memory dequantised. `memory_bytes`: what the run takes
+    at its peak; None for a model whose shape is not known."""
+
+    spec: Spec
+    total_steps: int
+    kept: bool = False
+    memory_bytes: int | None = None
+
+
+def made(spec: Spec, rows: Rows, device: Device, shape: Shape | None) -> Plan:
+    """What will be done with these rows of a model of this shape on this device.
+
+    Raises:
+        BadRequest: what `support` says that cannot be done.
+    """
+    batch, kept, checkpointing, size = _layout(_on_device(spec, device), rows, device, shape)
+    training = spec.training
+    changes: dict[str, Any] = {"batch_size": batch}
+    if training.gradient_checkpointing == "auto":
+        changes["gradient_checkpointing"] = checkpointing
+    if training.packing == "auto":
+        changes["packing"] = device.packing
+    chosen = _on_device(spec, device).model_copy(update={"training": training.model_copy(update=changes)})
+    chosen = resolved(chosen, rows)
+    optimizer = support.optimizer(spec, cuda=device.cuda)
+    chosen = chosen.model_copy(
+        update={"training": chosen.training.model_copy(update={"optimizer": optimizer})}
+    )
+    return Plan(chosen, total_steps(chosen, trained_rows(chosen, rows)), kept, size)
+
+
+def _on_device(spec: Spec, device: Device) -> Spec:
+    quantization = spec.quantization.model_copy(update={"compute_dtype": device.compute_dtype})
+    return spec.model_copy(update={"quantization": quantization})
+
+
+def _layout(
+    spec: Spec, rows: Rows, device: Device, shape: Shape | None
+) -> tuple[int, bool, bool, int | None]:
+    """Rows of a micro-batch, whether the weights are kept dequantised, whether activations are computed again, and
+    the bytes that takes: the fastest that fits, or the smallest."""
+    lengths = sorted((rows.data.lengths[place] for place in rows.train), reverse=True)
+    ratio = rows.data.trained_tokens / max(sum(rows.data.lengths), 1)
+    made: tuple[int, bool, bool, int | None] | None = None
+    for batch, kept, checkpointing in _layouts(spec, lengths[0], cuda=device.cuda):
+        if shape is None:
+            return batch, False, checkpointing, None
+        # On a GPU rows are padded to the longest.
+        tokens = batch * lengths[0] if device.cuda else sum(lengths[:batch])
+        size = memory.needed(
+            shape, spec, tokens, int(tokens * ratio), cuda=device.cuda, kept=kept, checkpointing=checkpointing
+        )
+        made = (batch, kept, checkpointing, size)
+        if size <= _SHARE * device.free_bytes:
+            break
+    assert made is not None  # noqa: S101 - there is always a layout
+    return made
+
+
+def _layouts(spec: Spec, longest: int, *, cuda: bool) -> Iterator[tuple[int, bool, bool]]:
+    """From the fastest to the smallest."""
+    training = spec.training
+    effective = training.effective_batch_size
+    most = max(_MOST_ROWS, _MANY_TOKENS // max(longest, 1))
+    batches = (
+        [n for n in range(min(most, effective), 0, -1) if effective % n == 0]
+        if training.batch_size == "auto"
+        else [training.batch_size]
+    )
+    large = [n for n in batches if n * longest >= _FEW_TOKENS] or batches[:1]
+    keeping = [True, False] if spec.quantization.bits == 4 and not cuda else [False]
+    asked = training.gradient_checkpointing
+    if asked is not True:
+        yield from ((n, kept, False) for kept, n in product(keeping, large))
+    if asked is not False:
+        yield from ((n, kept, True) for kept, n in product(keeping, batches))
+    else:
+        yield from ((n, keeping[-1], False) for n in batches)
+
+
+def trained_rows(spec: Spec, rows: Rows) -> int:
+    """Rows as they are fed: with packing several go into one."""
+    if spec.training.packing is not True:
+        return len(rows.train)
+    limit = spec.training.max_length
+    lengths = [rows.data.lengths[place] for place in rows.train]
+    return len(packing.packs(lengths, rows.data.longest if limit == "auto" else limit))
 
 
 def total_steps(spec: Spec, rows: int) -> int:
     """Optimizer steps over so many training rows."""
     training = spec.training
-    assert isinstance(training.batch_size, int)  # noqa: S101 - config.settle() came before
-    batches = math.ceil(rows / training.batch_size)
-    per_epoch = math.ceil(batches / (training.effective_batch_size // training.batch_size))
-    return training.max_steps or math.ceil((training.epochs or 1) * per_epoch)
+    return training.max_steps or math.ceil((training.epochs or 1) * _steps_per_epoch(spec, rows))
 
 
-def resolved(spec: Spec, rows: Rows, choices: DeviceChoices | None = None) -> Spec:
-    """The spec with what the rows decide, and with the choices of the device: without them those stay "auto"."""
-    training, quantization = spec.training, spec.quantization
+def _steps_per_epoch(spec: Spec, rows: int) -> int:
+    return math.ceil(rows / spec.training.effective_batch_size)
+
+
+def resolved(spec: Spec, rows: Rows) -> Spec:
+    """The spec with what the rows decide; what the device decides stays as it is.
+
+    Raises:
+        BadRequest: what `support` says that cannot be done.
+    """
+    support.check(spec)
+    training = spec.training
     changes: dict[str, Any] = {}
     if training.max_length == "auto":
         changes["max_length"] = rows.data.longest
     if training.loss_on == "auto":
         changes["loss_on"] = "all" if rows.data.texts else "assistant"
-    if choices is not None:
-        quantization = quantization.model_copy(update={"compute_dtype": choices.compute_dtype})
-        if training.gradient_checkpointing == "auto":
-            changes["gradient_checkpointing"] = choices.gradient_checkpointing
+    spec = spec.model_copy(update={"training": training.model_copy(update=changes)})
+    count = trained_rows(spec, rows)
     every = spec.checkpoints.every_steps
     if every == "auto":
-        every = min(max(total_steps(spec, len(rows.train)) // 5, 1), 50)
+        every = min(max(total_steps(spec, count) // 5, 1), 50)
+    evaluate = spec.evaluation.every_steps
+    if evaluate == "auto":
+        evaluate = _evaluation_interval(spec, count) if rows.valid_count else None
     return spec.model_copy(
         update={
-            "quantization": quantization,
-            "training": training.model_copy(update=changes),
+            "evaluation": spec.evaluation.model_copy(update={"every_steps": evaluate}),
             "checkpoints": spec.checkpoints.model_copy(update={"every_steps": every}),
         }
     )
+
+
+def _evaluation_interval(spec: Spec, rows: int) -> int:
+    """Steps between evaluations: four of them in an epoch or in the run, and not many more in any run."""
+    total = total_steps(spec, rows)
+    return max(min(_steps_per_epoch(spec, rows), total) // _EVALUATIONS, total // _MOST_EVALUATIONS, 1)
 
 
 def counts(rows: Rows) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 import resource
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,7 +12,7 @@ from transformers import TrainerCallback
 
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
-from core.ml.training import assembly, plan
+from core.ml.training import assembly, memory, plan
 from core.ml.training.data import checked_rows
 from core.ml.training.run import Run
 
@@ -31,41 +29,37 @@ def measure(run: Run) -> dict[str, Any]:
         GraftError: as a job with this run would.
         torch.OutOfMemoryError: on a GPU.
     """
-    before, present = _resident(), _present()
+    before, present = _resident(), base_model.free_bytes()
     base_model.prepare(run.model)
     contract = contracts.load(run.model.path)
     rows = checked_rows(run, contract, context=catalogue.context(run.model))
     precision = base_model.settle(run.spec.quantization)
-    spec = plan.resolved(run.spec, rows, assembly.device_choices(precision))
+    planned = plan.made(
+        run.spec, rows, assembly.device(precision), memory.shape_of(catalogue.configuration(run.model))
+    )
     started = time.monotonic()
-    model = assembly.with_adapter(base_model.load(run.model, precision), spec)
+    model = assembly.loaded(run.model, precision, planned)
     load_seconds = time.monotonic() - started
 
     def seconds_per_step(places: Sequence[int], steps: int) -> float:
-        training = spec.training.model_copy(update={"epochs": None, "max_steps": steps})
+        training = planned.spec.training.model_copy(update={"epochs": None, "max_steps": steps})
+        few = replace(planned, spec=planned.spec.model_copy(update={"training": training}), total_steps=steps)
         some = replace(rows, train=places, held_back=[], valid=None, in_both=[])
-        trainer = assembly.trainer_of(
-            model,
-            spec.model_copy(update={"training": training}),
-            precision,
-            contract,
-            some,
-            run.work / "probe",
-        )
+        trainer = assembly.trainer_of(model, few, precision, contract, some, run.work / "probe")
         watch = _Watch()
         trainer.add_callback(watch)
         trainer.train()
         return watch.seconds / steps
 
-    effective = spec.training.effective_batch_size
+    effective = planned.spec.training.effective_batch_size
     longest = sorted(rows.train, key=lambda place: -rows.data.lengths[place])
     # Two steps: the optimizer makes its state in the first, after the backward pass.
     seconds_per_step(longest[:effective], 2)
     needed = _peak() - before
     usual = rows.train[:: max(len(rows.train) // (_USUAL_STEPS * effective), 1)][: _USUAL_STEPS * effective]
     return {
-        "spec": spec.model_dump(),
-        "device": _name(),
+        "spec": planned.spec.model_dump(),
+        "device": base_model.device_name(),
         "memory_needed_bytes": needed,
         "memory_present_bytes": present,
         "seconds_per_step": seconds_per_step(usual, _USUAL_STEPS),
@@ -91,25 +85,6 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.monotonic()
-
-
-def _name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _present() -> int:
-    """Bytes that are free: on the GPU, or in this machine as far as its container may use it."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # no control group, or one without a limit
-        group = Path("/sys/fs/cgroup")
-        free = min(
-            free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        )
-    return free
 
 
 def _resident() -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.ml.catalogue import BaseModel
 from core.ml.formats.validate import Reading
@@ -19,7 +20,8 @@ class Source:
 @dataclass(frozen=True)
 class Run:
     """`work` is an empty folder of this run; `resume` a checkpoint folder known to be whole, `best` the one with the
-    lowest validation loss so far; `start` is the folder of the adapter to continue from."""
+    lowest validation loss so far; `start` is the folder of the adapter to continue from. `recoveries` are the
+    changes that earlier attempts made to the spec to go on, oldest first: {step, cause, changes}."""
 
     model: BaseModel
     spec: Spec
@@ -30,3 +32,4 @@ class Run:
     resume: Path | None = None
     best: Path | None = None
     start: Path | None = None
+    recoveries: tuple[dict[str, Any], ...] = ()

@@ -11,19 +11,30 @@ from pathlib import Path
 
 from peft import PeftModel
 from transformers import TrainerState
-from trl import SFTTrainer
 
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
-from core.ml.training import assembly, plan, saving
-from core.ml.training.data import checked_rows
+from core.ml.training import assembly, guard, memory, plan, samples, saving, watchdog
+from core.ml.training.config import Spec
+from core.ml.training.data import Rows, checked_rows
+from core.ml.training.progress import Progress
 from core.ml.training.reporter import Report, Reporter
 from core.ml.training.run import Run
+from core.ml.training.samples import Sampler
+from core.ml.training.trainer import Trainer
+
+# What `check_loss` is measured on: so few rows that whoever loads the files anew can measure it again.
+_CHECKED_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Result:
-    """`adapter` holds the finished files; None when `stop` ended the run before its end."""
+    """`adapter` holds the finished files; None when `stop` ended the run before its end.
+
+    `metrics`: `train_loss`, the mean of all steps; `eval_loss` and `base_eval_loss` on the validation rows;
+    `check_loss` of the adapter on the first 16 of them, or of the training rows where there are none. All but the
+    first are means over the trained tokens of the rows, whatever the batch size.
+    """
 
     adapter: Path | None
     metrics: dict[str, float]
@@ -33,67 +44,133 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     """Train one adapter.
 
     Raises:
-        GraftError: the data, the model or the spec cannot be trained with, or the loss is no number.
+        GraftError: the data, the model or the spec cannot be trained with, or nothing is left to try against a loss
+            that is no number or too little memory.
+        Again: the run has to begin again, with changes.
     """
     report("phase", phase="preparing")
     base_model.prepare(run.model)
     contract = contracts.load(run.model.path)
-    rows = checked_rows(run, contract, context=catalogue.context(run.model))
+    context = catalogue.context(run.model)
+    rows = checked_rows(run, contract, context=context)
+    contract = replace(contract, rows="text" if rows.data.texts else "turns")
     precision = base_model.settle(run.spec.quantization)
-    spec = plan.resolved(run.spec, rows, assembly.device_choices(precision))
-    total_steps = plan.total_steps(spec, len(rows.train))
-    report("plan", spec=spec.model_dump(), total_steps=total_steps, **plan.counts(rows))
+    shape = memory.shape_of(catalogue.configuration(run.model))
+    planned = plan.made(run.spec, rows, assembly.device(precision), shape)
+    spec, total_steps = planned.spec, planned.total_steps
+    if run.start is not None:
+        saving.check_start(spec, run.start)
+    report(
+        "plan",
+        spec=spec.model_dump(),
+        total_steps=total_steps,
+        weights_kept=planned.kept,
+        memory_bytes=planned.memory_bytes,
+        **plan.counts(rows),
+    )
 
     report("phase", phase="loading_model")
     started = time.monotonic()
-    model = assembly.with_adapter(base_model.load(run.model, precision), spec)
+    model = assembly.loaded(run.model, precision, planned)
+    first = _first_weights(run, spec, model)
     report("model_loaded", seconds=time.monotonic() - started)
     if stop():
         return Result(None, {})
 
-    trainer = assembly.trainer_of(model, spec, precision, contract, rows, run.work / "checkpoints")
-    trainer.add_callback(Reporter(report, stop))
-    report("phase", phase="training")
-    _run(trainer, run.resume, total_steps)
-    if trainer.state.global_step < total_steps:
-        return Result(None, {})
-
-    # From the whole history: the trainer's own mean forgets the steps before a resume.
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    metrics = {"train_loss": sum(losses) / len(losses)}
-    if rows.valid_count:
-        report("phase", phase="evaluating")
-        metrics |= _evaluate(trainer, model)
+    progress = Progress(run, spec, report)
+    sampler = Sampler(report, contract, samples.prompts_of(spec, contract, rows, context))
+    try:
+        trainer = assembly.trainer_of(model, planned, precision, contract, rows, run.work / "checkpoints")
+        trainer.watchdog = guard.Watchdog(report, progress, spec, run.recoveries, _line_of(rows))
+        for callback in (progress, Reporter(report, stop, progress), trainer.watchdog, sampler):
+            trainer.add_callback(callback)
+        report("phase", phase="training")
+        _run(trainer, run, progress, total_steps)
+        if trainer.state.global_step < total_steps and progress.ended is None:
+            return Result(None, {})
+        metrics = _finish(trainer, model, spec, rows, report, progress, sampler)
+    except (RuntimeError, MemoryError) as error:
+        if not guard.is_out_of_memory(error):
+            raise
+        raise watchdog.recovery(
+            "out_of_memory", spec, run.recoveries, where="In training", from_start=not progress.resumable
+        ) from error
     report("phase", phase="saving")
     adapter = run.work / "adapter"
-    saving.save(
-        model, replace(contract, rows="text" if rows.data.texts else "turns"), run.model, spec, adapter
-    )
+    saving.save(model, contract, run.model, spec, adapter, first)
     return Result(adapter, metrics)
 
 
-def _run(trainer: SFTTrainer, resume: Path | None, total_steps: int) -> None:
+def _first_weights(run: Run, spec: Spec, model: PeftModel) -> Path | None:
+    """The folder of the weights that the adapter begins with, where lora_B is not zero in them."""
+    if run.start is not None:
+        saving.read(model, run.start)
+        return run.start
+    if spec.lora.init != "pissa":
+        return None
+    saving.write_first(model, run.work / "first")
+    return run.work / "first"
+
+
+def _line_of(rows: Rows) -> Callable[[list[int]], int | None]:
+    """Looked up row by row: it is asked about a few bad batches in a run, if ever."""
+    data = rows.data
+    return lambda ids: next(
+        (data.lines[place] for place in rows.train if data.examples[place]["input_ids"] == ids), None
+    )
+
+
+def _run(trainer: Trainer, run: Run, progress: Progress, total_steps: int) -> None:
     """Train to the end, or until asked to stop; from a checkpoint where there is one."""
-    if resume is not None:
-        state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
-        if state.global_step >= total_steps:
+    if run.resume is not None:
+        state = TrainerState.load_from_json(str(run.resume / "trainer_state.json"))
+        progress.restore(state)
+        if state.global_step >= total_steps or progress.ended is not None:
             # All steps are done: the trainer, asked to go on, would do one more.
-            trainer._load_from_checkpoint(str(resume))
+            trainer._load_from_checkpoint(str(run.resume))
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
 
 
-def _evaluate(trainer: SFTTrainer, model: PeftModel) -> dict[str, float]:
-    """The loss on the validation rows with the adapter and, on the same rows, without it."""
-    done = trainer.state.log_history[-1] if trainer.state.log_history else {}
-    if "eval_loss" in done and done["step"] == trainer.state.global_step:
-        adapter = done  # the last step was one of those that are evaluated
-    else:
-        adapter = trainer.evaluate(metric_key_prefix="eval")
-    with model.disable_adapter():
-        base = trainer.evaluate(metric_key_prefix="base_eval")
-    return {
-        "eval_loss": float(adapter["eval_loss"]),
-        "base_eval_loss": float(base["base_eval_loss"]),
-    }
+def _finish(
+    trainer: Trainer,
+    model: PeftModel,
+    spec: Spec,
+    rows: Rows,
+    report: Report,
+    progress: Progress,
+    sampler: Sampler,
+) -> dict[str, float]:
+    """Leave the best weights in the model, and measure them."""
+    report("phase", phase="evaluating")
+    step = trainer.state.global_step
+    if progress.best_step is not None and progress.best_folder is not None:
+        if progress.best_step != step:
+            saving.read(model, progress.best_folder)
+        step = progress.best_step
+        message = f"The adapter is that of step {step}, whose validation loss {progress.best_loss:.4f} is the lowest."
+        report(
+            "note",
+            type="best_kept",
+            level="info",
+            message=message,
+            data={"step": step, "eval_loss": progress.best_loss},
+        )
+    # From the whole history: the trainer's own mean forgets the steps before a resume.
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics = {"train_loss": sum(losses) / max(len(losses), 1)}
+    if rows.valid_count:
+        valid = rows.valid_examples
+        if progress.best_loss is None:
+            metrics["eval_loss"] = trainer.loss_on(valid)
+            report("metrics", step=step, values={"eval_loss": metrics["eval_loss"]}, progress=None)
+        else:
+            metrics["eval_loss"] = progress.best_loss
+        if spec.lora.init != "pissa":  # it moved a part of the base model's weights into the adapter
+            with model.disable_adapter():
+                metrics["base_eval_loss"] = trainer.loss_on(valid)
+    checked = (rows.valid_examples if rows.valid_count else rows.train_examples)[:_CHECKED_ROWS]
+    metrics["check_loss"] = trainer.loss_on(checked)
+    sampler.tell(step, model)
+    return metrics

@@ -1,0 +1,65 @@
+"""What the request of a job comes to, once the adapter it continues from and its preset are looked up."""
+
+from typing import Any
+
+from api.deps import Services
+from api.schemas.jobs import JobCreate
+from core import strict_json
+from core.control import adapters, db
+from core.control.tables import Dataset
+from core.errors import BadRequest
+from core.ml.training import config, presets
+from core.ml.training.config import Spec
+
+# No adapter_config.json is larger.
+_CONFIG_BYTES = 1024 * 1024
+
+
+def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tuple[str, Spec]:
+    """The base model's name, and the spec as it was asked for, with the LoRA settings of an adapter to continue from.
+
+    Raises:
+        NotFound: `adapter_not_found`.
+        BadRequest: `continue_from_other_model`; `adapter_not_trainable`, it is of a kind that is not trained here.
+    """
+    spec = body.spec()
+    if spec.continue_from is None:
+        own = presets.find(body.preset).preset.model if body.preset else None
+        return body.model or own or services.settings.default_model, spec
+    with db.reading(services.sessions) as session:
+        adapter = adapters.get(session, project_id, spec.continue_from, param="continue_from")
+    if body.model not in (None, adapter.base_model):
+        raise BadRequest(
+            "continue_from_other_model",
+            f"Adapter {adapter.id} belongs to the base model {adapter.base_model}, "
+            f"so a job on {body.model} cannot continue from it.",
+            param="continue_from",
+            hint="Leave model out, or name an adapter of that model.",
+        )
+    with services.storage.open(f"{adapter.key}/files/adapter_config.json") as file:
+        content = file.read(_CONFIG_BYTES)
+    try:
+        lora = config.lora_of(strict_json.loads(content.decode(), depth=strict_json.DEPTH))
+    except ValueError as error:  # of its text, its JSON or its settings
+        raise BadRequest(
+            "adapter_not_trainable",
+            f"Adapter {adapter.id} cannot be trained further: {error}.",
+            param="continue_from",
+        ) from error
+    return adapter.base_model, spec.model_copy(update={"lora": lora})
+
+
+def preset_of(body: JobCreate, model: str, spec: Spec, dataset: Dataset) -> dict[str, Any] | None:
+    """What the job keeps of its preset, if it has one."""
+    if body.preset is None:
+        return None
+    chosen = presets.find(body.preset)
+    return presets.record(
+        chosen,
+        model=model,
+        spec=spec,
+        validation=body.validation.model_dump() if body.validation else None,
+        same_data=presets.is_its_data(
+            chosen.preset, names=[dataset.name, dataset.filename], rows=dataset.rows
+        ),
+    )

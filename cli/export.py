@@ -1,0 +1,91 @@
+"""`graft export`: an adapter in another form, or a job's training for another tool."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import show
+from cli.connect import HOME, URL, Home, Key, Url, connected, console, fail
+from graft_client.client import Client, Json
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Take an adapter or a job to other tools.",
+)
+
+
+class Form(StrEnum):
+    MERGED = "merged"
+    GGUF = "gguf"
+
+
+class Tool(StrEnum):
+    TRL = "trl"
+    AXOLOTL = "axolotl"
+    LLAMAFACTORY = "llamafactory"
+
+
+@app.command()
+def job(
+    job_id: Annotated[str, typer.Argument(metavar="JOB_ID")],
+    tool: Annotated[Tool, typer.Option("--as", help="The tool to write it for.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write it; default: standard output.")
+    ] = None,
+    url: Url = URL,
+    key: Key = None,
+    home: Home = HOME,
+) -> None:
+    """Write a job's training as a TRL script, or as YAML for axolotl or LLaMA-Factory."""
+    _check(output)
+    with connected(url, key, home) as client:
+        text = client.script(job_id, tool)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text)
+        console.print(f"Written to {output}.")
+
+
+@app.command()
+def adapter(
+    adapter_id: Annotated[str, typer.Argument(metavar="ADAPTER_ID")],
+    format_: Annotated[
+        Form, typer.Option("--format", help="merged: 16-bit safetensors; gguf: for llama.cpp and Ollama.")
+    ] = Form.MERGED,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to save the zip.")] = None,
+    url: Url = URL,
+    key: Key = None,
+    home: Home = HOME,
+) -> None:
+    """Merge an adapter into its base model, and show how near the result is to it."""
+    _check(output)
+    with connected(url, key, home) as client:
+        done = show.follow(console, client, client.export(adapter_id, format_)["id"])
+        if done["status"] != "succeeded":
+            show.outcome(console, done)
+            raise typer.Exit(1)
+        made = _made_by(client, adapter_id, done)
+        found = made["report"]["merged"]
+        console.print(
+            f"Export {made['id']}: mean KL {found['mean_kl']} to base and adapter, "
+            f"same first choice {found['top1_agreement']:.1%}."
+        )
+        for reason in made["report"]["reasons"]:
+            console.print(reason, style="bold")
+        if output is not None:
+            client.download_export(adapter_id, made["id"], output)
+            console.print(f"Saved to {output}.")
+
+
+def _made_by(client: Client, adapter_id: str, done: Json) -> Json:
+    return next(made for made in client.exports(adapter_id, 100) if made["job_id"] == done["id"])
+
+
+def _check(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
+        fail(f"{output.parent} is no folder.")

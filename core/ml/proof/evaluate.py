@@ -1,0 +1,246 @@
+"""What an adapter is worth: losses and answers of base and adapter on the same rows, and a verdict in words.
+
+Better or worse is told by the first score that fits the data, and by the loss where answers are free text, of which
+ROUGE sees only the words: better when the whole 95 % interval of the difference lies on that side of nothing.
+
+Memorised: of what the adapter gained over its base on rows that it was trained on, more than half is missing on as
+many rows that it never saw, and more than 0.1 of loss. Not asked where no row was trained more than once.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from peft import PeftModel
+
+from core.ml import catalogue
+from core.ml.prompts import Contract
+from core.ml.proof import questions, scores
+from core.ml.proof.answers import Answer, Tick, most_new
+from core.ml.proof.measure import Asked, Losses, measure
+from core.ml.proof.questions import Question
+from core.ml.proof.scores import Row, Scored
+from core.ml.training import plan
+from core.ml.training.config import Spec
+from core.ml.training.data import LabelledIds, Rows
+from core.ml.training.run import Run
+
+# Rows whose loss training measured, too.
+CHECKED = 16
+STOPS = 0.8
+_LOST = 0.5
+_LEAST = 0.1
+
+Better = Literal["better", "no better", "worse"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Base or adapter: its losses on the first rows, and on rows that were trained; its answers."""
+
+    losses: Losses
+    trained: Losses | None
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`kept` are the places of validation rows in the losses that prove something; `passes` over the training rows."""
+
+    base: Side
+    adapter: Side
+    kept: list[int]
+    passes: float
+    scores: list[Scored]
+    valid: int
+
+    @property
+    def check_loss(self) -> float:
+        """The adapter's loss on the rows that training measured it on."""
+        return self.adapter.losses.of(slice(CHECKED)).mean
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The adapter's loss on all validation rows, where it was measured on all."""
+        return self.adapter.losses.mean if 0 < self.valid <= len(self.adapter.losses.sums) else None
+
+    @property
+    def stop_rate(self) -> float | None:
+        found = [answer.finish_reason == "stop" for answer in self.adapter.answers]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def loss(self) -> Scored | None:
+        """The loss of base and adapter, row by row."""
+        if not self.kept:
+            return None
+        base, adapter = (side.losses.of(self.kept).rows for side in (self.base, self.adapter))
+        return scores.paired("loss", base, adapter)
+
+    def as_dict(self) -> dict[str, Any]:
+        made: dict[str, Any] = {
+            "rows": len(self.kept),
+            "base": _measured(self.base.losses, self.kept),
+            "adapter": _measured(self.adapter.losses, self.kept),
+            "loss": self.loss.as_dict() if self.loss else None,
+            "scores": {scored.name: scored.as_dict() for scored in self.scores},
+            "stop_rate": self.stop_rate,
+            "answers": len(self.adapter.answers),
+            "training_rows": None,
+            "verdict": verdict(self),
+        }
+        if self.base.trained is not None and self.adapter.trained is not None:
+            made["training_rows"] = {
+                "rows": len(self.base.trained.sums),
+                "base": self.base.trained.mean,
+                "adapter": self.adapter.trained.mean,
+                "passes": self.passes,
+            }
+        return made
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 80.0))
+
+
+def _measured(losses: Losses, kept: list[int]) -> dict[str, float] | None:
+    if not kept:
+        return None
+    loss = losses.of(kept).mean
+    return {"loss": loss, "perplexity": perplexity(loss)}
+
+
+def evaluate(
+    model: PeftModel, contract: Contract, run: Run, spec: Spec, rows: Rows, tick: Tick
+) -> Evaluation:
+    """Measure base and adapter. `spec` is the resolved one; `tick` is called all the while, and may raise."""
+    places = range(max(spec.evaluation.rows, CHECKED))
+    lines, examples = _first(rows, len(places))
+    kept = _kept(rows, lines[: spec.evaluation.rows])
+    known = questions.training(run, rows, contract)
+    if kept:
+        asked = questions.validation(run, rows, contract, [lines[place] for place in kept])
+    else:
+        asked = {line: known[line] for line in lines[:CHECKED] if line in known}
+    fitting, limit = _fitting(dict(zip(lines, examples, strict=True)), asked, catalogue.context(run.model))
+    trained_rows = plan.trained_rows(spec, rows)
+    passes = plan.total_steps(spec, trained_rows) * spec.training.effective_batch_size / trained_rows
+    trained = _spread(rows, len(kept)) if kept and passes > 1 else []
+
+    def side(*, base: bool) -> Side:
+        with model.disable_adapter() if base else nullcontext():
+            # Without validation rows there is nothing to compare answers on.
+            asking = {} if base and not kept else fitting
+            starts = [len(asking[line].ids) if line in asking else None for line in lines]
+            tasks = [Asked(example, start) for example, start in zip(examples, starts, strict=True)]
+            losses, answers = measure(model, contract, tasks, limit, tick)
+            seen = measure(model, contract, trained, limit, tick)[0] if trained else None
+            return Side(losses, seen, [answer for answer in answers if answer is not None])
+
+    base, adapter = side(base=True), side(base=False)
+    rows_asked = [fitting[line].row for line in lines if line in fitting]
+    known_rows = [question.row for question in known.values()]
+    scored = _scores(spec, rows_asked, known_rows, base.answers, adapter.answers) if kept else []
+    tick()
+    return Evaluation(base, adapter, kept, passes, scored, rows.valid_count)
+
+
+def _first(rows: Rows, count: int) -> tuple[list[int], list[LabelledIds]]:
+    """Lines and tokens of the first validation rows, or training rows where there are none."""
+    if rows.valid is not None:
+        return list(rows.valid.lines[:count]), rows.valid.examples[:count]
+    places = (rows.held_back or rows.train)[:count]
+    return [rows.data.lines[place] for place in places], [rows.data.examples[place] for place in places]
+
+
+def _kept(rows: Rows, lines: list[int]) -> list[int]:
+    """Places of the first validation rows, without those that are trained too."""
+    shared = set(rows.in_both)
+    return [place for place, line in enumerate(lines) if line not in shared] if rows.valid_count else []
+
+
+def _spread(rows: Rows, count: int) -> list[Asked]:
+    """So many training rows, from the first to the last."""
+    places = np.linspace(0, len(rows.train) - 1, min(count, len(rows.train))).astype(int)
+    return [Asked(rows.data.examples[rows.train[int(place)]], None) for place in places]
+
+
+def _fitting(
+    examples: dict[int, LabelledIds], asked: dict[int, Question], context: int
+) -> tuple[dict[int, Question], int]:
+    """The questions that their row begins with and that leave room for an answer, and the tokens that one may have."""
+    if not asked:
+        return {}, 0
+    limit = most_new([question.length for question in asked.values()])
+    fitting = {
+        line: question
+        for line, question in asked.items()
+        if examples[line]["input_ids"][: len(question.ids)] == question.ids
+        and len(examples[line]["input_ids"]) + limit <= context
+    }
+    return fitting, limit
+
+
+def _scores(
+    spec: Spec, rows: list[Row], known: list[Row], base: list[Answer], adapter: list[Answer]
+) -> list[Scored]:
+    if not rows:
+        return []
+    metrics = spec.evaluation.metrics
+    if metrics == "auto":
+        metrics = scores.chosen([*rows, *known])
+    texts = [[answer.text for answer in side] for side in (base, adapter)]
+    return [scored for metric in metrics for scored in scores.compare(metric, rows, *texts)]
+
+
+def verdict(found: Evaluation) -> dict[str, Any]:
+    """{better, stops, memorised, words}; None where nothing can be said."""
+    better, words = _better(found)
+    stops = None if found.stop_rate is None else found.stop_rate >= STOPS
+    if found.stop_rate is not None:
+        whose = "its answers" if found.kept else "its answers to training prompts"
+        does = "stops by itself" if stops else "does not stop reliably: it ends by itself"
+        words += f" It {does} in {found.stop_rate:.0%} of {whose}."
+    memorised, more = _memorised(found)
+    return {"better": better, "stops": stops, "memorised": memorised, "words": words + more}
+
+
+def _better(found: Evaluation) -> tuple[Better | None, str]:
+    loss = found.loss
+    if loss is None:
+        return None, "Without validation rows nobody can tell whether it is better than its base model."
+    telling = next((scored for scored in found.scores if scored.name != "rouge_l"), None)
+    if telling is None or (found.scores[0].name == "rouge_l"):
+        low, high = -loss.interval[1], -loss.interval[0]
+    else:
+        low, high = telling.interval
+    better: Better = "better" if low > 0 else "worse" if high < 0 else "no better"
+    is_what = {"better": "better than", "worse": "worse than", "no better": "no better for certain than"}[
+        better
+    ]
+    told = [_told(scored) for scored in (*found.scores, loss)]
+    rows = "1 validation row" if len(found.kept) == 1 else f"{len(found.kept)} validation rows"
+    return better, f"On {rows} the adapter is {is_what} its base model: {'; '.join(told)}."
+
+
+def _told(scored: Scored) -> str:
+    low, high = scored.interval
+    return (
+        f"{scored.name} {scored.base:.3f} → {scored.adapter:.3f} "
+        f"({scored.difference:+.3f}, between {low:+.3f} and {high:+.3f})"
+    )
+
+
+def _memorised(found: Evaluation) -> tuple[bool | None, str]:
+    base, adapter = found.base, found.adapter
+    if not found.kept:
+        return None, ""
+    if base.trained is None or adapter.trained is None:
+        return False, " It saw no row more than once, so it learnt none by heart."
+    seen = base.trained.mean - adapter.trained.mean
+    unseen = base.losses.of(found.kept).mean - adapter.losses.of(found.kept).mean
+    memorised = seen - unseen > max(_LOST * seen, _LEAST)
+    words = "It learnt its rows by heart" if memorised else "It did not learn its rows by heart"
+    return memorised, f" {words}: its loss fell by {seen:.3f} on trained rows and by {unseen:.3f} on others."

@@ -1,0 +1,120 @@
+"""The same few prompts, answered again and again while a model learns: one can watch it. Training never notices."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TrainerCallback
+
+from core.ml import prompts
+from core.ml.prompts import Contract
+from core.ml.training.config import Spec
+from core.ml.training.data import Rows
+
+_ROWS = 3
+_NEW_TOKENS = 64
+# Of a plain text: what the model goes on from.
+_BEGINNING = 32
+# Characters of a prompt that are told; its end is what matters.
+_SHOWN = 2000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    ids: list[int]
+    shown: str
+    expected: str | None
+
+
+def prompts_of(spec: Spec, contract: Contract, rows: Rows, context: int) -> list[Prompt]:
+    """The spec's prompts, or those of the first validation rows; without those that leave no room for an answer."""
+    asked = spec.evaluation.prompts
+    found = [_given(contract, text) for text in asked] if asked else _from_rows(contract, rows)
+    return [prompt for prompt in found if prompt.ids and len(prompt.ids) + _NEW_TOKENS <= context]
+
+
+def _given(contract: Contract, text: str) -> Prompt:
+    if contract.rows == "text":
+        return Prompt(prompts.encode_beginning(contract, text), text, None)
+    return Prompt(prompts.encode_prompt(contract, [{"role": "user", "content": text}]), text, None)
+
+
+def _from_rows(contract: Contract, rows: Rows) -> list[Prompt]:
+    """An answer is told from its prompt by the loss mask; where all of a row is trained, by its first half."""
+    return [
+        _of_row(contract, example["input_ids"], example["labels"]) for example in rows.valid_examples[:_ROWS]
+    ]
+
+
+def _of_row(contract: Contract, ids: list[int], labels: list[int]) -> Prompt:
+    first = next((place for place, label in enumerate(labels) if label >= 0), 0)
+    if first == 0:
+        first = min(len(ids) // 2, _BEGINNING)
+    stops = set(contract.stop_token_ids)
+    end = next((place for place in range(first, len(ids)) if ids[place] in stops), len(ids))
+    expected = ids[first : min(end, first + _NEW_TOKENS)]
+    return Prompt(
+        ids[:first], prompts.text_of(contract, ids[:first])[-_SHOWN:], prompts.text_of(contract, expected)
+    )
+
+
+def answers(model: Any, contract: Contract, asked: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """{prompt, expected, text, finish_reason} of each prompt: the most likely tokens, all prompts at a time.
+
+    The random state, the mode of the model and its own settings of generation stay as they are.
+    """
+    if not asked:
+        return []
+    base = model.get_base_model()
+    stops = contract.stop_token_ids
+    longest = max(len(prompt.ids) for prompt in asked)
+    # Padded on the left: an answer must follow its prompt at once.
+    ids = [[stops[0]] * (longest - len(prompt.ids)) + prompt.ids for prompt in asked]
+    mask = [[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in asked]
+    config = GenerationConfig(
+        max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0]
+    )
+    training, makers = model.training, base.generation_config
+    model.eval()
+    base.generation_config = GenerationConfig()  # penalties of the model's makers must not mix in
+    try:
+        with torch.random.fork_rng():
+            made = base.generate(
+                input_ids=torch.tensor(ids, device=base.device),
+                attention_mask=torch.tensor(mask, device=base.device),
+                generation_config=config,
+            )
+    finally:
+        base.generation_config = makers
+        model.train(training)
+    return [
+        _answer(contract, prompt, new[longest:]) for prompt, new in zip(asked, made.tolist(), strict=True)
+    ]
+
+
+def _answer(contract: Contract, prompt: Prompt, new: list[int]) -> dict[str, Any]:
+    end = next((place for place, token in enumerate(new) if token in contract.stop_token_ids), None)
+    return {
+        "prompt": prompt.shown,
+        "expected": prompt.expected,
+        "text": prompts.text_of(contract, new[:end]),
+        "finish_reason": "length" if end is None else "stop",
+    }
+
+
+class Sampler(TrainerCallback):
+    """Reports the answers at every evaluation; `told` are the steps of which it did."""
+
+    def __init__(self, report: Callable[..., None], contract: Contract, asked: Sequence[Prompt]) -> None:
+        self.report, self.contract, self.asked = report, contract, asked
+        self.told: set[int] = set()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self.tell(state.global_step, model)
+
+    def tell(self, step: int, model: Any) -> None:
+        """Once a step."""
+        if self.asked and step not in self.told:
+            self.told.add(step)
+            self.report("samples", step=step, samples=answers(model, self.contract, self.asked))

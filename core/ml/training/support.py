@@ -1,0 +1,57 @@
+"""What a device or a precision cannot do, refused before anything is loaded, with the reason. No torch."""
+
+from core.errors import BadRequest
+from core.ml.training.config import Optimizer, Spec
+
+
+def check(spec: Spec) -> None:
+    """Raises BadRequest: `pissa_needs_16_bit`, `pissa_is_a_beginning`, `dora_not_with_8_bit`, `dora_not_with_pissa`."""
+    bits, lora = spec.quantization.bits, spec.lora
+    if lora.init == "pissa" and bits != 16:
+        raise BadRequest(
+            "pissa_needs_16_bit",
+            "PiSSA takes the largest components out of the base model's weights, and what is left of a "
+            f"{bits}-bit weight does not fit into {bits} bits again.",
+            param="lora.init",
+            hint='Set quantization.bits to 16, or lora.init to "default".',
+        )
+    if lora.init == "pissa" and spec.continue_from is not None:
+        raise BadRequest(
+            "pissa_is_a_beginning",
+            "PiSSA makes the first weights of an adapter, and continue_from takes those of another one.",
+            param="lora.init",
+            hint='Set lora.init to "default", or leave continue_from out.',
+        )
+    if lora.use_dora and bits == 8:
+        raise BadRequest(
+            "dora_not_with_8_bit",
+            "DoRA reads the base model's weights at every step, which an 8-bit model does not keep readable.",
+            param="lora.use_dora",
+            hint="Set quantization.bits to 4 or 16, or lora.use_dora to false.",
+        )
+    if lora.use_dora and lora.init == "pissa":
+        raise BadRequest(
+            "dora_not_with_pissa",
+            "DoRA and PiSSA cannot be joined: the result would be no ordinary adapter.",
+            param="lora.init",
+            hint='Use either use_dora or init "pissa".',
+        )
+
+
+def optimizer(spec: Spec, *, cuda: bool) -> Optimizer:
+    """The optimizer of a run on this kind of device.
+
+    Raises:
+        BadRequest: `optimizer_needs_gpu`.
+    """
+    asked = spec.training.optimizer
+    if asked == "auto":
+        return "paged_adamw_8bit" if cuda else "adamw"
+    if asked.startswith("paged") and not cuda:
+        raise BadRequest(
+            "optimizer_needs_gpu",
+            f"{asked} moves its state between a GPU's memory and the host's, and this worker has no GPU.",
+            param="training.optimizer",
+            hint='Use "adamw", or "adamw_8bit" for the same state in a quarter of the memory.',
+        )
+    return asked

@@ -1,0 +1,139 @@
+"""One job from claim to end, whatever its kind: lease, work folder, and the end of an attempt that made nothing."""
+
+import contextlib
+import logging
+import shutil
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from core import log
+from core.control import attempts
+from core.control.db import DatabaseUnavailable, Session
+from core.control.tables import Job, JobKind
+from core.errors import Fenced, GraftError
+from core.ml.training import watchdog
+from core.ml.training.config import Spec
+from worker import export, train
+from worker.context import Context
+from worker.heartbeat import beating
+from worker.reports import Attempt
+from worker.supervise import patiently
+
+logger = logging.getLogger(__name__)
+
+# What makes the thing that a job is about; False: `attempt.outcome` tells what came instead.
+_MAKES = {JobKind.TRAIN: train.make, JobKind.EXPORT: export.make}
+
+
+def run(context: Context) -> str | None:
+    """Claim the first job of the queue and see it through; its id, when it waits in the queue again.
+
+    A message wakes a worker, it does not choose the job: what was sent first may not be what comes first.
+    """
+    if context.stopping.is_set():
+        return None
+    with context.sessions.begin() as session:
+        job = attempts.claim_next(session, context.owner, context.settings.lease_seconds)
+    if job is None:
+        return None
+    token = log.job_id.set(job.id)
+    attempt = Attempt(job, context.settings.scratch / job.id / str(job.fence))
+    try:
+        with beating(context, attempt):
+            _attempt(context, attempt)
+    except Fenced:
+        logger.warning("lease lost; this attempt writes nothing more")
+    finally:
+        shutil.rmtree(attempt.work, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a newer attempt works beside it
+            attempt.work.parent.rmdir()
+        log.job_id.reset(token)
+    return job.id if attempt.outcome[0] in ("again", "stopped") and not context.stopping.is_set() else None
+
+
+def _attempt(context: Context, attempt: Attempt) -> None:
+    """Run the attempt and write its end, whatever that is."""
+    try:
+        if _MAKES[attempt.job.kind](context, attempt):
+            return
+    except GraftError as error:
+        attempt.outcome = ("error", error.as_dict())
+    except (Fenced, *DatabaseUnavailable):
+        raise
+    except Exception as error:
+        logger.exception("the attempt broke off in the worker")
+        attempt.outcome = ("crash", {"why": f"the worker met {type(error).__name__}"})
+    dropped: list[str] = []
+    patiently(lambda: dropped.extend(end(context, attempt)))
+    for key in dropped:
+        context.storage.delete(key)
+
+
+def end(context: Context, attempt: Attempt) -> Sequence[str]:
+    """Write the end of an attempt that made nothing; the keys of files that belong to nobody any more.
+
+    It failed, was stopped, changed its spec, or broke off.
+    """
+    job = attempt.job
+    kind, data = attempt.outcome
+    with context.sessions.begin() as session:
+        if kind == "error":
+            attempts.fail(
+                session,
+                job.id,
+                job.fence,
+                GraftError(data["code"], data["message"], hint=data["hint"]),
+            )
+        elif kind == "stopped":
+            attempts.release(session, job.id, job.fence, _why_released(context))
+        elif kind == "again":
+            return attempts.recover(session, job.id, job.fence, **data)
+        else:
+            _broke_off(session, context, job, data)
+    return []
+
+
+def _why_released(context: Context) -> str:
+    if context.stopping.is_set():
+        return "The worker shuts down; the job goes on from its last checkpoint."
+    return "The pause was taken back after the job had stopped; it goes on from its last checkpoint."
+
+
+def _broke_off(session: Session, context: Context, job: Job, data: dict[str, Any]) -> None:
+    exit_code = data.get("exit_code")
+    if changes := _less_memory(session, job, exit_code):
+        message = (
+            "The system killed the trainer twice at the same step, most likely for want of memory; "
+            "the job goes on with less of it."
+        )
+        attempts.recover(
+            session,
+            job.id,
+            job.fence,
+            cause="out_of_memory",
+            message=message,
+            changes=changes,
+            from_start=False,
+        )
+        return
+    attempts.crash(
+        session,
+        job.id,
+        job.fence,
+        data["why"],
+        code="worker_crash_loop",
+        max_crashes=context.settings.max_crashes,
+        exit_code=exit_code,
+    )
+
+
+def _less_memory(session: Session, held: Job, exit_code: int | None) -> dict[str, Any] | None:
+    """What to change when the system, short of memory, ends the trainer again and again at one place."""
+    if exit_code != -signal.SIGKILL or watchdog is None or held.kind is not JobKind.TRAIN:
+        return None
+    job = session.get_one(Job, held.id, populate_existing=True)
+    if not attempts.killed_before(session, job, exit_code):
+        return None
+    spec = {name: value for name, value in job.spec.items() if name != "validation"}
+    return watchdog.next_rung(tuple(job.recoveries), "out_of_memory", Spec.model_validate(spec))

@@ -2,13 +2,14 @@
 
     python -m bench.plain_trl '{"model": …, "train": …, "output": …, "steps": …, "rows": …, …}'
 
-Prints one line of JSON: {losses, tokens, seconds, peak_bytes}.
+`config` and `lora` may hold more settings of SFTConfig and LoraConfig, `attention` names an implementation.
+Prints one line of JSON: {losses, tokens, seconds, peak_bytes, gpu}.
 """
 
 import json
 import resource
 import sys
-import time
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -16,18 +17,25 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from bench import device
+
 
 class Clock(TrainerCallback):
     """Seconds of every step, with the optimizer's."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.gpu: dict[str, int] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: ARG002
+        device.reset()
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:  # noqa: ARG002
-        self.began = time.monotonic()
+        self.began = device.now()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:  # noqa: ARG002
-        self.seconds.append(time.monotonic() - self.began)
+        self.seconds.append(device.now() - self.began)
+        self.gpu = device.taken()
 
 
 def main() -> None:
@@ -36,6 +44,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         asked["model"],
         dtype=torch.bfloat16,
+        attn_implementation=asked.get("attention"),
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -43,6 +52,16 @@ def main() -> None:
             bnb_4bit_compute_dtype=torch.bfloat16,
         ),
     )
+    lora = {"r": 16, "lora_alpha": 16} | asked.get("lora", {})
+    train(
+        asked,
+        model,
+        tokenizer,
+        LoraConfig(**lora, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def train(asked: dict[str, Any], model: Any, tokenizer: Any, lora: LoraConfig | None) -> None:
     set_seed(asked["seed"])
     trainer = SFTTrainer(
         model=model,
@@ -56,13 +75,13 @@ def main() -> None:
             seed=asked["seed"],
             logging_steps=1,
             save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
             report_to="none",
+            **asked.get("config", {}),
         ),
         train_dataset=Dataset.from_json(asked["train"]),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=16, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        peft_config=lora,
     )
     clock = Clock()
     trainer.add_callback(clock)
@@ -76,6 +95,7 @@ def main() -> None:
                 "tokens": max(entry["num_tokens"] for entry in history if "num_tokens" in entry),
                 "seconds": clock.seconds,
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "gpu": clock.gpu,
             }
         )
     )

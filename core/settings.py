@@ -6,7 +6,7 @@ import re
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -63,6 +63,12 @@ class Settings(BaseSettings):
         1800, gt=0, description="A trainer without any report for so long is ended and tried again."
     )
     worker_slots: int = Field(1, ge=1, description="Jobs one worker runs at a time.")
+    trainer_processes: int = Field(
+        1, ge=1, le=64, description="Processes that train a job together, each on a GPU of its own."
+    )
+    trainer_sharding: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: each of them holds the whole model; fsdp: each holds a part of it."
+    )
     upload_max_bytes: int = Field(2 * 1024**3, ge=1, description="Largest data set file.")
     unpacked_max_bytes: int = Field(8 * 1024**3, ge=1, description="Largest data set file once unpacked.")
     line_max_bytes: int = Field(4 * 1024**2, ge=1, description="Longest line of a data set file.")

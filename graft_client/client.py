@@ -173,6 +173,9 @@ class Client:
         listed: list[Json] = self._call("GET", "/adapters", params={"limit": limit})["data"]
         return listed
 
+    def adapter(self, adapter_id: str) -> Json:
+        return self._call("GET", f"/adapters/{adapter_id}")
+
     def download(self, adapter_id: str, target: Path) -> None:
         """Write the adapter's zip to `target`; a broken download leaves no file there."""
         with self._stream("GET", f"/adapters/{adapter_id}/download") as response:

@@ -44,6 +44,8 @@ def fetch_run(context: Context, asked: Job | Probe, work: Path) -> Run:
         work=work,
         start=fetch_adapter(context, asked, begin, work / "start") if begin else None,
         recoveries=tuple(asked.recoveries) if isinstance(asked, Job) else (),
+        processes=context.settings.trainer_processes,
+        sharding=context.settings.trainer_sharding,
     )
 
 
@@ -74,6 +76,14 @@ def fetch_adapter(context: Context, asked: Job | Probe, adapter_id: str, folder:
                 hint="Continue from another adapter.",
             )
     return folder
+
+
+def dataset_names(context: Context, job: Job) -> dict[str, str]:
+    """Those of `dataset` and `validation`, as far as the job has them."""
+    ids = {"dataset": job.dataset_id, "validation": (job.spec.get("validation") or {}).get("dataset_id")}
+    with reading(context.sessions) as session:
+        found = {part: session.get(Dataset, id_) for part, id_ in ids.items() if id_}
+    return {part: dataset.name for part, dataset in found.items() if dataset is not None}
 
 
 def fetch_dataset(context: Context, dataset: Dataset, target: Path) -> Source:

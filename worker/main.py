@@ -69,7 +69,9 @@ def _create_context() -> Context:
 
 def _prepare(context: Context) -> None:
     """Look at the device and bring the default model's files, in a child process: the worker is up already."""
-    process = child.start("prepare", catalogue.find(context.catalogue, config.default_model), patience=60)
+    default = catalogue.find(context.catalogue, config.default_model)
+    sharded = config.trainer_processes > 1 and config.trainer_sharding == "fsdp"
+    process = child.start("prepare", default, config.trainer_processes, sharded, patience=60)
     while process.exit_code is None:
         for kind, data in process.receive(1):
             if kind == "device":

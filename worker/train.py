@@ -17,8 +17,6 @@ from worker.context import Context
 from worker.reports import Attempt
 from worker.supervise import patiently, see_through
 
-_PROVES = "def prove(" in (Path(__file__).parent / "trainer.py").read_text()  # TEMPORARY until it is there
-
 
 def make(context: Context, attempt: Attempt) -> bool:
     """Train an adapter, prove it in a fresh process and publish it; False: `attempt.outcome` tells what came instead."""
@@ -27,13 +25,10 @@ def make(context: Context, attempt: Attempt) -> bool:
     if kind != "done":
         return False
     folder = Path(done["folder"])
-    if not _PROVES:  # TEMPORARY
-        publish(context, attempt, folder, done["metrics"], None)
-        return True
     attempt.reports.append(("phase", {"phase": "evaluating"}))
-    kind, proved = see_through(
-        context, attempt, "prove", run, folder, {"job_id": attempt.job.id, "metrics": done["metrics"]}
-    )
+    facts = {"job_id": attempt.job.id, "spec": attempt.job.spec, "metrics": done["metrics"]}
+    facts |= artifacts.dataset_names(context, attempt.job)
+    kind, proved = see_through(context, attempt, "prove", run, folder, facts)
     if kind != "proved":
         return False
     publish(context, attempt, folder, done["metrics"] | proved["metrics"], proved["certificate"])
@@ -99,7 +94,7 @@ def publish(
     attempt: Attempt,
     folder: Path,
     metrics: dict[str, float],
-    certificate: dict[str, Any] | None,
+    certificate: dict[str, Any],
 ) -> None:
     """Store the adapter once, then insert its row and end the job, as often as the database needs."""
     job = attempt.job
@@ -111,8 +106,7 @@ def publish(
             attempts.renew(
                 session, job.id, job.fence, context.settings.lease_seconds, metrics=job.metrics | metrics
             )
-            if certificate:  # TEMPORARY
-                _certified(session, job, certificate)
+            _certified(session, job, certificate)
             attempts.succeed(session, job.id, job.fence, Adapter(**fields))
 
     try:

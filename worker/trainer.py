@@ -27,6 +27,7 @@ from core.ml.training import assembly, sft, watchdog
 from core.ml.training.probe import measure
 from core.ml.training.reporter import Report
 from core.ml.training.run import Run
+from worker import launch
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,17 @@ class _StoppedError(Exception):
 
 def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> None:
     """Train and report the end: `done`, `stopped`, `again` or `error`. Anything else is a crash."""
+    if run.processes == 1:
+        train_here(run, job_id, report, stop)
+        return
+    log.setup()
+    log.job_id.set(job_id)
+    with _errors(report):
+        launch.train(run, job_id, report, stop)
+
+
+def train_here(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> None:
+    """As `train`, in this very process, which may be one of several."""
     log.setup()
     log.job_id.set(job_id)
     with _errors(report):
@@ -105,11 +117,18 @@ def probe(run: Run, report: Report, stop: Callable[[], bool]) -> None:  # noqa: 
         report("measured", **measure(run))
 
 
-def prepare(model: BaseModel, report: Report, stop: Callable[[], bool]) -> None:  # noqa: ARG001 - a child's form
+def prepare(
+    model: BaseModel,
+    processes: int,
+    sharded: bool,
+    report: Report,
+    stop: Callable[[], bool],  # noqa: ARG001
+) -> None:
     """Report the `device`, and bring the files of a base model, so that no job has to wait for them."""
     log.setup()
     with _errors(report):
-        device = assembly.device(base_model.settle(Quantization()))
+        precision = dataclasses.replace(base_model.settle(Quantization()), sharded=sharded)
+        device = assembly.device(precision, processes)
         report("device", name=base_model.device_name(), **dataclasses.asdict(device))
         base_model.prepare(model)
 

@@ -117,7 +117,7 @@ def _count(answer: PreflightOut, run: Run, rows: Rows) -> None:
 
 def _reckon(answer: PreflightOut, run: Run, rows: Rows, device: dict[str, Any]) -> None:
     """The plan for the device that a worker has told of, before anything is measured there."""
-    known = {field.name: device[field.name] for field in dataclasses.fields(Device)}
+    known = {field.name: device[field.name] for field in dataclasses.fields(Device) if field.name in device}
     if run.spec.quantization.compute_dtype != "auto":
         known["compute_dtype"] = run.spec.quantization.compute_dtype
     shape = memory.shape_of(catalogue.configuration(run.model))

@@ -31,12 +31,16 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Precision:
-    """How the base model is held: 4-bit blocks, 8-bit rows or plain, and the type of its arithmetic."""
+    """How the base model is held: 4-bit blocks, 8-bit rows or plain, and the type of its arithmetic.
+
+    `sharded`: 4-bit blocks lie in numbers of that type, as FSDP divides no others among its processes.
+    """
 
     bits: Literal[4, 8, 16]
     type: Literal["nf4", "fp4"]
     double_quant: bool
     dtype: Literal["bfloat16", "float16", "float32"]
+    sharded: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -48,23 +52,27 @@ class Precision:
     def slug(self) -> str:
         if self.bits == 8:
             return f"int8-{self.dtype}"
-        return f"{self.type}{'-dq' if self.double_quant else ''}-{self.dtype}"
+        parts = [self.type, "dq" * self.double_quant, self.dtype, "sharded" * self.sharded]
+        return "-".join(part for part in parts if part)
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's device: of several that train together each has its own GPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def device_name() -> str:
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device())
     return f"CPU, {torch.get_num_threads()} threads"
 
 
 def free_bytes() -> int:
     """Memory that is free: on the GPU, or in this machine as far as its container may use it."""
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info(device())[0])
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # no control group, or one without a limit
         group = Path("/sys/fs/cgroup")
@@ -124,7 +132,7 @@ def load(model: BaseModel, precision: Precision) -> Any:
         "dtype": precision.torch_dtype,
         "use_safetensors": True,
         "trust_remote_code": False,
-        "device_map": {"": device().index or 0} if device().type == "cuda" else None,
+        "device_map": {"": device().index} if device().type == "cuda" else None,
     }
     if precision.bits == 16:
         return AutoModelForCausalLM.from_pretrained(model.path, **options)
@@ -149,6 +157,7 @@ def _quantised(model: BaseModel, precision: Precision, cache: Path, options: dic
         bnb_4bit_quant_type=precision.type,
         bnb_4bit_use_double_quant=precision.double_quant,
         bnb_4bit_compute_dtype=precision.torch_dtype,
+        bnb_4bit_quant_storage=precision.torch_dtype if precision.sharded else None,
     )
     loaded = AutoModelForCausalLM.from_pretrained(model.path, **options)
     with _appearing(cache) as part:

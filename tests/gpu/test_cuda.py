@@ -1,10 +1,9 @@
 """What only a CUDA device can show. Needs no database and no fixture of the other tests:
 
-pytest --noconftest -m gpu tests/gpu
+pytest --noconftest -n0 -m gpu -s tests/gpu
 """
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ import torch
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
 from core.ml.catalogue import Catalogue
-from core.ml.formats.validate import Reading
 from core.ml.inference.engine import Engine, Sampling
 from core.ml.quantization import Quantization
-from core.ml.training import config, sft
-from core.ml.training.run import Run, Source
+from core.ml.training import sft
+from tests.gpu.runs import MODEL, ROOT, catalogue_in, run
 from worker import child
 
 pytestmark = [
@@ -27,44 +25,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-ROOT = Path(__file__).parent.parent.parent
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-MAPPING = {
-    "messages": [
-        {"role": "system", "content": "Answer with SQL.\n{context}"},
-        {"role": "user", "content": "{question}"},
-        {"role": "assistant", "content": "{answer}"},
-    ]
-}
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
-    folder = os.environ.get("GRAFT_MODELS_DIR") or str(tmp_path_factory.mktemp("models"))
-    return Catalogue(Path(folder), {})
-
-
-def run(models: Catalogue, work: Path, steps: int, **more: Any) -> Run:
-    work.mkdir(parents=True)
-    data = ROOT / "examples" / "text_to_sql"
-    spec = {
-        "lora": {"r": 16, "alpha": 32},
-        "training": {
-            "max_steps": steps,
-            "effective_batch_size": 4,
-            "learning_rate": 1.5e-3,
-            "scheduler": "cosine",
-        },
-        "checkpoints": {"every_steps": 20},
-        **more,
-    }
-    source = [
-        Source(data / f"{name}.jsonl", Reading("jsonl", False, "mapping", MAPPING))
-        for name in ("train", "valid")
-    ]
-    return Run(
-        catalogue.find(models, MODEL), config.settle(config.Spec.model_validate(spec)), *source, None, work
-    )
+    return catalogue_in(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +95,11 @@ def test_trainers_of_the_fork_server_reach_the_device(models: Catalogue, tmp_pat
     for number in range(2):
         posted = time.monotonic()
         trainer = child.start("train", run(models, tmp_path / str(number), 3), "job", patience=60)
-        reports = []
-        while trainer.exit_code is None or (news := trainer.receive(0)):
-            news = trainer.receive(0.2)
+        reports: list[tuple[str, dict[str, Any]]] = []
+        ended, news = False, []
+        while not ended or news:
+            ended = trainer.exit_code is not None
+            news = trainer.receive(0 if ended else 0.2)
             reports += news
             first = [data for kind, data in news if kind == "first_step"]
             if first:
@@ -141,11 +107,3 @@ def test_trainers_of_the_fork_server_reach_the_device(models: Catalogue, tmp_pat
         assert any(kind == "done" for kind, _ in reports), reports[-1]
         trainer.close()
     child.cool_down()
-
-
-@pytest.mark.parametrize("precision", [{"bits": 16}, {"bits": 8}, {"compute_dtype": "float16"}])
-def test_other_precisions_train(models: Catalogue, tmp_path: Path, precision: dict[str, Any]) -> None:
-    result = sft.train(
-        run(models, tmp_path / "work", 5, quantization=precision), lambda *_, **__: None, lambda: False
-    )
-    assert result.adapter is not None

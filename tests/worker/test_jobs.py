@@ -21,7 +21,8 @@ from worker.reports import Attempt
 
 @pytest.fixture
 def job(context: Context, project_id: str) -> Job:
-    spec = config.settle(Spec()).model_dump() | {"validation": None}
+    planned = Spec.model_validate({"training": {"batch_size": 8}})  # as a trainer leaves it
+    spec = config.settle(planned).model_dump() | {"validation": None}
     return rows.job(context.sessions, project_id, spec=spec)
 
 

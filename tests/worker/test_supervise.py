@@ -52,7 +52,6 @@ class Played:
 
 @pytest.fixture
 def job(context: Context, project_id: str, monkeypatch: pytest.MonkeyPatch) -> Job:
-    monkeypatch.setattr(train, "_PROVES", True, raising=False)
     monkeypatch.setattr(train, "_inputs", lambda _context, attempt: attempt.work.mkdir(parents=True))
     spec = config.settle(Spec()).model_dump() | {"validation": None}
     return rows.job(context.sessions, project_id, spec=spec)

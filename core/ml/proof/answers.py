@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 from core.ml import prompts
 from core.ml.prompts import Contract
@@ -111,6 +112,48 @@ def go_on(
     )
     for draft, new in zip(drafts, made[:, len(ids[0]) :].tolist(), strict=True):
         draft.add(new, stops)
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values with room for more: the library's own layer copies all of them for every new token."""
+
+    def __init__(self, filled: Any, rows: torch.Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(filled.keys, filled.values)
+        self._lying = [_wider(filled.keys[rows], room), _wider(filled.values[rows], room)]
+        length = filled.keys.shape[-2]
+        self.keys, self.values = (lying[:, :, :length] for lying in self._lying)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if end > self._lying[0].shape[-2]:
+            return super().update(key_states, value_states, *args, **kwargs)
+        for lying, new in zip(self._lying, (key_states, value_states), strict=True):
+            lying[:, :, start:end] = new
+        self.keys, self.values = (lying[:, :, :end] for lying in self._lying)
+        return self.keys, self.values
+
+
+def _wider(states: torch.Tensor, room: int) -> torch.Tensor:
+    """States [rows, heads, tokens, width] at the beginning of a tensor for so many more tokens."""
+    rows, heads, length, width = states.shape
+    lying = states.new_empty(rows, heads, length + room, width)
+    lying[:, :, :length] = states
+    return lying
+
+
+def with_room(cache: Any, rows: Sequence[int], room: int) -> Any:
+    """The cache of these rows of a batch, with room for so many more tokens."""
+    chosen = torch.tensor(rows)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        cache.batch_select_indices(chosen)
+        return cache
+    for place, layer in enumerate(cache.layers):
+        cache.layers[place] = _Roomy(layer, chosen.to(layer.keys.device), room)
+    return cache
 
 
 class _Ticking(StoppingCriteria):

@@ -10,12 +10,12 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from core.ml.prompts import Contract
-from core.ml.proof.answers import Answer, Draft, Tick, drafted, go_on
+from core.ml.proof.answers import Answer, Draft, Tick, drafted, go_on, with_room
 from core.ml.training.data import LabelledIds
 
 _IGNORED = -100
 # What a batch may hold: tokens, and numbers of scored positions times vocabulary.
-_TOKENS = 2_048
+_TOKENS = 4_096
 _NUMBERS = 50_000_000
 
 
@@ -99,9 +99,10 @@ def _batch(
         logits_to_keep=keep,
         use_cache=cached,
     )
-    labels = _padded([one.example["labels"] for one in batch], longest, _IGNORED, base.device)
     # A token is predicted at the position before it; the first of a row never is.
-    labels = labels[:, longest - keep + 1 :]
+    labels = _padded(
+        [[_IGNORED, *one.example["labels"][1:]] for one in batch], longest, _IGNORED, base.device
+    )[:, longest - keep + 1 :]
     losses = cross_entropy(
         output.logits[:, :-1].float().transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none"
     )
@@ -117,9 +118,7 @@ def _batch(
         if draft is not None and not draft.ended and len(draft.tokens) < limit
     ]
     if unfinished:
-        cache = output.past_key_values if cached else None
-        if cache is not None:
-            cache.batch_select_indices(torch.tensor(unfinished, device=base.device))
+        cache = with_room(output.past_key_values, unfinished, limit) if cached else None
         open_drafts = [draft for place in unfinished if (draft := drafts[place]) is not None]
         go_on(base, contract, [rows[place] for place in unfinished], open_drafts, cache, limit, tick)
     return losses, labels, drafts

@@ -7,6 +7,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, set_seed
 from transformers.utils import is_flash_attn_2_available
 from trl import SFTConfig
@@ -16,7 +17,7 @@ from core.ml import base_model
 from core.ml.base_model import Precision
 from core.ml.catalogue import BaseModel
 from core.ml.prompts import Contract
-from core.ml.training import attention, documents, fast, packing, scoring
+from core.ml.training import attention, documents, fast, packing, ranks, scoring
 from core.ml.training.config import Spec
 from core.ml.training.data import Rows
 from core.ml.training.plan import Device, Plan
@@ -34,14 +35,16 @@ _OPTIMIZERS = {
 }
 
 
-def device(precision: Precision) -> Device:
-    """This process's device, for the plan."""
+def device(precision: Precision, processes: int = 1) -> Device:
+    """This process's device, for the plan: the same for each of the processes that train together."""
     cuda = base_model.device().type == "cuda"
     return Device(
         precision.dtype,
         cuda,
-        base_model.free_bytes(),
+        ranks.least(base_model.free_bytes()) // (1 if cuda else processes),
         packing=cuda and is_flash_attn_2_available(),
+        processes=processes,
+        sharded=precision.sharded,
     )
 
 
@@ -57,7 +60,8 @@ def loaded(model: BaseModel, precision: Precision, plan: Plan) -> PeftModel:
     if base_model.device().type == "cpu":
         documents.attend_one_by_one(base)
     adapted = with_adapter(base, plan.spec)
-    fast.fuse(adapted)
+    if not precision.sharded:  # its products are of whole weights
+        fast.fuse(adapted)
     return adapted
 
 
@@ -136,7 +140,10 @@ def trainer_of(
             num_train_epochs=training.epochs or 1,
             per_device_train_batch_size=training.batch_size,
             per_device_eval_batch_size=training.batch_size,
-            gradient_accumulation_steps=training.effective_batch_size // training.batch_size,
+            gradient_accumulation_steps=training.effective_batch_size
+            // (training.batch_size * ranks.count()),
+            ddp_find_unused_parameters=False,
+            **_sharding(precision),
             learning_rate=training.learning_rate,
             lr_scheduler_type=training.scheduler,
             warmup_steps=int(plan.total_steps * training.warmup_ratio),
@@ -158,12 +165,39 @@ def trainer_of(
             padding_free=packed or documents.attended_one_by_one(model),
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
-        train_dataset=Dataset.from_list(examples),
-        eval_dataset=Dataset.from_list(rows.valid_examples) if rows.valid_count else None,
+        train_dataset=Dataset.from_list(ranks.evened(examples, training.batch_size)),
+        eval_dataset=Dataset.from_list(valid)
+        if (valid := ranks.evened(rows.valid_examples, training.batch_size))
+        else None,
         processing_class=contract.tokenizer,
     )
+    trainer.rows = len(examples)
     trainer.remove_callback(PrinterCallback)  # the reporter tells what happens; stdout may be gone
     # trl casts the LoRA of a quantised base to bfloat16; see with_adapter.
     for parameter, weights in masters.items():
         parameter.data = weights
+    if precision.sharded:
+        # accelerate's own would hand out the loss and add up the gradients in 16 bits.
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=precision.torch_dtype, reduce_dtype=torch.float32, output_dtype=None
+        )
+    if ranks.count() > 1:
+        torch.manual_seed(spec.seed + ranks.index())  # each rank drops out other inputs
     return trainer
+
+
+def _sharding(precision: Precision) -> dict[str, Any]:
+    """FSDP 2, with which the decoder layers are what is gathered at a time."""
+    if not precision.sharded:
+        return {}
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "reshard_after_forward": True,
+            # Each rank reads the quantised weights by itself: from a meta device they cannot be made.
+            "cpu_ram_efficient_loading": False,
+            "state_dict_type": "FULL_STATE_DICT",
+        },
+    }

@@ -6,7 +6,8 @@ from typing import Any
 
 from core.hashes import FileInfo, describe
 
-# What a resumed run needs besides the adapter; one missing file would silently change the result.
+# What a resumed run needs; one missing file would silently change the result. Of several processes each has its own
+# random states, and those that share the model have other files of the optimizer.
 REQUIRED = (
     "adapter_model.safetensors",
     "optimizer.pt",
@@ -14,6 +15,7 @@ REQUIRED = (
     "rng_state.pth",
     "trainer_state.json",
 )
+_SHARDED = ("pytorch_model_fsdp.bin", "optimizer.bin")
 # Not needed to resume; training_args.bin is a pickle that can hold tokens and paths.
 _DROPPED = (
     "training_args.bin",
@@ -24,15 +26,22 @@ _DROPPED = (
 )
 
 
-def seal(folder: Path) -> list[FileInfo]:
+def seal(folder: Path, processes: int = 1, *, sharded: bool = False) -> list[FileInfo]:
     """The files of a finished checkpoint with their hashes, without those that are not needed."""
     for name in _DROPPED:
         (folder / name).unlink(missing_ok=True)
     files = describe(folder)
-    missing = set(REQUIRED) - {info["path"] for info in files}
+    missing = _required(processes, sharded=sharded) - {info["path"] for info in files}
     if missing:
         raise RuntimeError(f"{folder.name} lacks {', '.join(sorted(missing))}")
     return files
+
+
+def _required(processes: int, *, sharded: bool) -> set[str]:
+    names = set(REQUIRED)
+    if processes > 1:
+        names = names - {"rng_state.pth"} | {f"rng_state_{index}.pth" for index in range(processes)}
+    return names - {"optimizer.pt"} | set(_SHARDED) if sharded else names
 
 
 def is_whole(folder: Path, files: Sequence[FileInfo | dict[str, Any]]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from core.errors import GraftError
-from core.ml.training import watchdog
+from core.ml.training import ranks, watchdog
 from core.ml.training.config import Spec
 from core.ml.training.progress import Progress
 from core.ml.training.reporter import Report
@@ -51,10 +51,12 @@ class Watchdog(TrainerCallback):
     def skips(self, step: int, batches: Sequence[Any], loss: float, grad_norm: float, *, fp16: bool) -> bool:
         """Whether the optimizer must leave this step out; tells so, and gives up after some.
 
+        `batches` are this rank's, `loss` and `grad_norm` those of all ranks, which come to the same answer.
+
         Raises:
             Again, GraftError: too many steps were skipped.
         """
-        if not any((batch["labels"][..., 1:] >= 0).any() for batch in batches):
+        if not ranks.agreed(any(bool((batch["labels"][..., 1:] >= 0).any()) for batch in batches)):
             if not self.told_untrained:
                 self._note(step, "has no trained tokens: it is skipped, and so are others like it", batches)
             self.told_untrained = True
@@ -82,7 +84,7 @@ class Watchdog(TrainerCallback):
 
     def _note(self, step: int, told: str, batches: Sequence[Any]) -> None:
         found = [self.line_of(row) for batch in batches for row in documents(batch)]
-        lines = sorted({line for line in found if line is not None})
+        lines = sorted(set(ranks.joined([line for line in found if line is not None])))
         shown = f" Lines of its rows: {', '.join(map(str, lines))}." if lines else ""
         self.report(
             "note",

@@ -10,14 +10,17 @@ from typing import Any
 from core.ml.training.config import Spec
 
 _HALF, _SINGLE = 2, 4
-# Of one scored position: trl multiplies tiles of so many words, and holds some copies of a tile in single precision.
-_TILE_WORDS = 8192
-_TILE_COPIES = 6
-# The loss keeps AdamW's two moments in single precision, or in a byte each.
+# Scored positions that are in memory at once, as core.ml.training.scoring does it, and the copies of their logits.
+_SCORED, _COPIES = 256, 2
+# On a GPU trl scores tiles of so many positions and words.
+_TILE = 4096, 32768
+# Documents as long as this are attended by plain products, which keep their shares for the backward pass.
+_SHORT = 768
+# AdamW keeps two moments in single precision, or in a byte each.
 _MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
 # Libraries, allocator and buffers of the data: what a run takes beside all that.
 _REST = {False: 150_000_000, True: 700_000_000}
-_ALLOCATOR = 1.08
+_ALLOCATOR = 1.15
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Shape:
     layers: int
     hidden: int
     intermediate: int
+    heads: int
     queries: int
     keys: int
     vocabulary: int
@@ -68,6 +72,7 @@ def shape_of(config: dict[str, Any]) -> Shape | None:
             layers=config["num_hidden_layers"],
             hidden=config["hidden_size"],
             intermediate=config["intermediate_size"],
+            heads=heads,
             queries=heads * width,
             keys=(config.get("num_key_value_heads") or heads) * width,
             vocabulary=config["vocab_size"],
@@ -78,22 +83,32 @@ def shape_of(config: dict[str, Any]) -> Shape | None:
 
 
 def needed(
-    shape: Shape, spec: Spec, tokens: int, trained: int, *, cuda: bool, kept: bool, checkpointing: bool
+    shape: Shape, spec: Spec, lengths: list[int], trained: int, *, cuda: bool, kept: bool, checkpointing: bool
 ) -> int:
-    """Bytes that a run takes at its peak, with micro-batches of at most so many `tokens`, of which so many `trained`.
+    """Bytes that a run takes at its peak, with a micro-batch of rows of these `lengths`, of whose tokens so many are
+    `trained`.
 
-    `kept`: the weights lie there dequantised. `spec` has its compute_dtype and optimizer resolved.
+    `kept`: the weights lie there dequantised. `spec` has its compute_dtype resolved.
     """
     half = _SINGLE if spec.quantization.compute_dtype == "float32" else _HALF
     adapter = shape.adapter(spec.lora.r, spec.lora.target_modules)
-    moments = _MOMENTS[spec.training.optimizer] if spec.training.optimizer != "auto" else 8
-    fixed = _weights(shape, spec.quantization.bits, half, kept=kept) + adapter * (
-        2 * _SINGLE + moments + half
-    )
-    layer = _kept_of_a_layer(shape, spec.lora.r, half, fused=kept or spec.quantization.bits == 16)
-    moving = shape.layers * half * shape.hidden + layer if checkpointing else shape.layers * layer
-    scored = min(trained, tokens) * _TILE_WORDS * (half + _TILE_COPIES * _SINGLE)
-    return int((fixed + tokens * moving + scored) * _ALLOCATOR) + _REST[cuda]
+    optimizer = spec.training.optimizer
+    moments = _MOMENTS[("paged_adamw_8bit" if cuda else "adamw") if optimizer == "auto" else optimizer]
+    # Beside the masters, their gradients and the moments: the optimizer's two intermediate results.
+    learned = adapter * (2 * _SINGLE + moments + half + 2 * _SINGLE)
+    plain = kept or spec.quantization.bits == 16
+    tokens = sum(lengths)
+    dropout = spec.lora.dropout > 0
+    layer = tokens * _kept_of_a_token(shape, spec.lora.r, half, alone=dropout or not plain, dropout=dropout)
+    if not cuda:
+        layer += half * shape.heads * sum(length**2 for length in lengths if length <= _SHORT)
+    through = shape.layers * half * shape.hidden * tokens + layer if checkpointing else shape.layers * layer
+    if cuda:
+        scored = min(trained, _TILE[0]) * min(shape.vocabulary, _TILE[1]) * half
+    else:
+        scored = min(trained, _SCORED) * shape.vocabulary * (half + _COPIES * _SINGLE)
+    fixed = _weights(shape, spec.quantization.bits, half, kept=kept)
+    return int((fixed + learned + through + scored) * _ALLOCATOR) + _REST[cuda]
 
 
 def _weights(shape: Shape, bits: int, half: int, *, kept: bool) -> int:
@@ -104,18 +119,14 @@ def _weights(shape: Shape, bits: int, half: int, *, kept: bool) -> int:
     return plain + int(shape.linear * (0.53 if bits == 4 else 1.02))
 
 
-def _kept_of_a_layer(shape: Shape, r: int, half: int, *, fused: bool) -> int:
-    """Bytes that a layer keeps of a token until its backward pass.
+def _kept_of_a_token(shape: Shape, r: int, half: int, *, alone: bool, dropout: bool) -> int:
+    """Bytes that a layer keeps of a token until its backward pass, without the shares of its attention.
 
-    Two norms keep their input in single precision and normalised; queries, keys and values are kept before and after
-    they are rotated, then what attention gives; gate, up, the activation and their product. Each LoRA keeps its input,
-    which peft casts to single precision, and its r numbers.
+    Two norms keep their input in single precision. Then what is multiplied: the norms' results, the rotated queries
+    and keys, the values, what attention gives; gate, up, the activation and their product. Each LoRA keeps its r
+    numbers; `alone` an input each, and with `dropout` what of it was dropped, in single precision.
     """
-    norms = 2 * shape.hidden * (_SINGLE + half)
-    heads = half * (3 * shape.queries + 4 * shape.keys)
-    mlp = half * 4 * shape.intermediate
-    inputs = 2 * shape.hidden + shape.queries + shape.intermediate
-    if fused:
-        return norms + heads + mlp + half * (inputs + 7 * r)
-    separate = 5 * shape.hidden + shape.queries + shape.intermediate
-    return norms + heads + mlp + (_SINGLE + half) * separate + (_SINGLE + half) * 7 * r
+    norms = 2 * shape.hidden * _SINGLE
+    inputs = 5 * shape.hidden + shape.queries + shape.intermediate
+    products = 2 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 4 * shape.intermediate + 7 * r
+    return norms + half * products + half * inputs * alone + _SINGLE * inputs * dropout

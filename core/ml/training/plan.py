@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
+from core.errors import BadRequest
 from core.ml.training import memory, packing, support
-from core.ml.training.config import Spec
+from core.ml.training.config import Spec, Training
 from core.ml.training.data import Rows
 from core.ml.training.memory import Shape
 
@@ -26,12 +27,17 @@ _SHARE = 0.8
 
 @dataclass(frozen=True)
 class Device:
-    """What a run is planned for; `packing`: whether rows can be packed without cost or contamination."""
+    """What a run is planned for; `packing`: whether rows can be packed without cost or contamination.
+
+    Each of the `processes` has `free_bytes` for itself; `sharded`: each holds a part of the model.
+    """
 
     compute_dtype: Literal["bfloat16", "float16", "float32"]
     cuda: bool
     free_bytes: int
     packing: bool = False
+    processes: int = 1
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,10 @@ def made(spec: Spec, rows: Rows, device: Device, shape: Shape | None) -> Plan:
     """What will be done with these rows of a model of this shape on this device.
 
     Raises:
-        BadRequest: what `support` says that cannot be done.
+        BadRequest: `batch_not_divisible`, and what `support` says that cannot be done.
     """
+    if device.sharded:
+        support.check_sharded(spec)
     batch, kept, checkpointing, size = _layout(_on_device(spec, device), rows, device, shape)
     training = spec.training
     changes: dict[str, Any] = {"batch_size": batch}
@@ -60,7 +68,7 @@ def made(spec: Spec, rows: Rows, device: Device, shape: Shape | None) -> Plan:
         changes["packing"] = device.packing
     chosen = _on_device(spec, device).model_copy(update={"training": training.model_copy(update=changes)})
     chosen = resolved(chosen, rows)
-    optimizer = support.optimizer(spec, cuda=device.cuda)
+    optimizer = support.optimizer(spec, cuda=device.cuda, sharded=device.sharded)
     chosen = chosen.model_copy(
         update={"training": chosen.training.model_copy(update={"optimizer": optimizer})}
     )
@@ -80,13 +88,15 @@ def _layout(
     lengths = sorted((rows.data.lengths[place] for place in rows.train), reverse=True)
     ratio = rows.data.trained_tokens / max(sum(rows.data.lengths), 1)
     made: tuple[int, bool, bool, int | None] | None = None
-    for batch, kept, checkpointing in _layouts(spec, lengths[0], cuda=device.cuda):
+    share = _share(spec.training, device.processes)
+    for batch, kept, checkpointing in _layouts(spec, share, lengths[0], cuda=device.cuda):
         if shape is None:
             return batch, False, checkpointing, None
         # On a GPU rows are padded to the longest.
-        tokens = batch * lengths[0] if device.cuda else sum(lengths[:batch])
+        read = [lengths[0]] * batch if device.cuda else lengths[:batch]
+        trained = int(sum(read) * ratio)
         size = memory.needed(
-            shape, spec, tokens, int(tokens * ratio), cuda=device.cuda, kept=kept, checkpointing=checkpointing
+            shape, spec, read, trained, cuda=device.cuda, kept=kept, checkpointing=checkpointing
         )
         made = (batch, kept, checkpointing, size)
         if size <= _SHARE * device.free_bytes:
@@ -95,13 +105,28 @@ def _layout(
     return made
 
 
-def _layouts(spec: Spec, longest: int, *, cuda: bool) -> Iterator[tuple[int, bool, bool]]:
-    """From the fastest to the smallest."""
+def _share(training: Training, processes: int) -> int:
+    """Rows of an optimizer step that each process takes."""
+    effective, batch = training.effective_batch_size, training.batch_size
+    share, rest = divmod(effective, processes)
+    if rest or (batch != "auto" and share % batch):
+        parts = f"{processes} processes" + ("" if batch == "auto" else f" with batch_size {batch} each")
+        raise BadRequest(
+            "batch_not_divisible",
+            f"effective_batch_size {effective} cannot be divided among {parts}.",
+            param="training.effective_batch_size" if rest else "training.batch_size",
+            hint=f"Set training.effective_batch_size to a multiple of {processes}"
+            + ("." if batch == "auto" else f' times {batch}, or training.batch_size to "auto".'),
+        )
+    return share
+
+
+def _layouts(spec: Spec, share: int, longest: int, *, cuda: bool) -> Iterator[tuple[int, bool, bool]]:
+    """From the fastest to the smallest, of `share` rows at most."""
     training = spec.training
-    effective = training.effective_batch_size
     most = max(_MOST_ROWS, _MANY_TOKENS // max(longest, 1))
     batches = (
-        [n for n in range(min(most, effective), 0, -1) if effective % n == 0]
+        [n for n in range(min(most, share), 0, -1) if share % n == 0]
         if training.batch_size == "auto"
         else [training.batch_size]
     )

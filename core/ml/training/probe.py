@@ -34,15 +34,16 @@ def measure(run: Run) -> dict[str, Any]:
     contract = contracts.load(run.model.path)
     rows = checked_rows(run, contract, context=catalogue.context(run.model))
     precision = base_model.settle(run.spec.quantization)
-    planned = plan.made(
-        run.spec, rows, assembly.device(precision), memory.shape_of(catalogue.configuration(run.model))
-    )
+    device = replace(assembly.device(precision, run.processes), sharded=run.sharded)
+    planned = plan.made(run.spec, rows, device, memory.shape_of(catalogue.configuration(run.model)))
     started = time.monotonic()
     model = assembly.loaded(run.model, precision, planned)
     load_seconds = time.monotonic() - started
 
     def seconds_per_step(places: Sequence[int], steps: int) -> float:
-        training = planned.spec.training.model_copy(update={"epochs": None, "max_steps": steps})
+        training = planned.spec.training.model_copy(
+            update={"epochs": None, "max_steps": steps, "effective_batch_size": effective}
+        )
         few = replace(planned, spec=planned.spec.model_copy(update={"training": training}), total_steps=steps)
         some = replace(rows, train=places, held_back=[], valid=None, in_both=[])
         trainer = assembly.trainer_of(model, few, precision, contract, some, run.work / "probe")
@@ -51,7 +52,8 @@ def measure(run: Run) -> dict[str, Any]:
         trainer.train()
         return watch.seconds / steps
 
-    effective = planned.spec.training.effective_batch_size
+    # Of several processes the others do their share at the same time.
+    effective = planned.spec.training.effective_batch_size // run.processes
     longest = sorted(rows.train, key=lambda place: -rows.data.lengths[place])
     # Two steps: the optimizer makes its state in the first, after the backward pass.
     seconds_per_step(longest[:effective], 2)

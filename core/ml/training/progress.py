@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from core.ml.training import ranks
 from core.ml.training.config import Spec
 from core.ml.training.run import Run
 
@@ -71,7 +72,7 @@ class Progress(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._count()
         limit = self.spec.limits.max_seconds
-        if limit is None or self.seconds < limit or state.global_step >= state.max_steps:
+        if limit is None or state.global_step >= state.max_steps or not ranks.agreed(self.seconds >= limit):
             return
         self.ended = "time_limit"
         control.should_training_stop = control.should_save = True
@@ -100,7 +101,7 @@ class Progress(TrainerCallback, ExportableState):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.resumable = True
-        if state.global_step == self.best_step:
+        if state.global_step == self.best_step and ranks.is_first():
             # A copy, since the checkpoint goes to the storage.
             (self.run.work / "best").mkdir(exist_ok=True)
             shutil.copyfile(

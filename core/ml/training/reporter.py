@@ -10,7 +10,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from core.ml.training import checkpoints
+from core.ml.training import checkpoints, ranks
 from core.ml.training.progress import Progress
 
 # A long evaluation is no standstill.
@@ -50,7 +50,7 @@ class Reporter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.first_step + 1:
             self.report("first_step", step=state.global_step)
-        if self.stop():
+        if ranks.agreed(self.stop()):
             control.should_save = control.should_training_stop = True
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -86,8 +86,10 @@ class Reporter(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        files = checkpoints.seal(folder)
-        self.report("checkpoint", step=state.global_step, folder=str(folder), files=files)
+        ranks.barrier()  # each writes its random states there
+        if ranks.is_first():
+            files = checkpoints.seal(folder, ranks.count(), sharded=self.progress.run.sharded)
+            self.report("checkpoint", step=state.global_step, folder=str(folder), files=files)
 
     def _eta(self, step: int, steps: int) -> float:
         """Seconds of training that are left, if they go on as those of all attempts so far: with their evaluations

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from core.ml.catalogue import BaseModel
 from core.ml.formats.validate import Reading
@@ -21,7 +21,8 @@ class Source:
 class Run:
     """`work` is an empty folder of this run; `resume` a checkpoint folder known to be whole, `best` the one with the
     lowest validation loss so far; `start` is the folder of the adapter to continue from. `recoveries` are the
-    changes that earlier attempts made to the spec to go on, oldest first: {step, cause, changes}."""
+    changes that earlier attempts made to the spec to go on, oldest first: {step, cause, changes}. So many `processes`
+    share every optimizer step; with "fsdp" they share the model too."""
 
     model: BaseModel
     spec: Spec
@@ -33,3 +34,9 @@ class Run:
     best: Path | None = None
     start: Path | None = None
     recoveries: tuple[dict[str, Any], ...] = ()
+    processes: int = 1
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+
+    @property
+    def sharded(self) -> bool:
+        return self.processes > 1 and self.sharding == "fsdp"

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, TrainerCallback
 
 from core.ml import prompts
 from core.ml.prompts import Contract
+from core.ml.training import ranks
 from core.ml.training.config import Spec
 from core.ml.training.data import Rows
 
@@ -78,9 +80,13 @@ def answers(model: Any, contract: Contract, asked: Sequence[Prompt]) -> list[dic
     training, makers = model.training, base.generation_config
     model.eval()
     base.generation_config = GenerationConfig()  # penalties of the model's makers must not mix in
+    asking: Any = base
+    if isinstance(model, FSDPModule):  # its parts come together at the door of the whole model
+        asking = model
+        asking.generation_config = base.generation_config
     try:
         with torch.random.fork_rng():
-            made = base.generate(
+            made = asking.generate(
                 input_ids=torch.tensor(ids, device=base.device),
                 attention_mask=torch.tensor(mask, device=base.device),
                 generation_config=config,
@@ -114,7 +120,8 @@ class Sampler(TrainerCallback):
         self.tell(state.global_step, model)
 
     def tell(self, step: int, model: Any) -> None:
-        """Once a step."""
-        if self.asked and step not in self.told:
+        """Once a step, by the first rank; where the ranks share the model all of them have to take part."""
+        taking_part = ranks.is_first() or isinstance(model, FSDPModule)
+        if self.asked and step not in self.told and taking_part:
             self.told.add(step)
             self.report("samples", step=step, samples=answers(model, self.contract, self.asked))

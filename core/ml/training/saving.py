@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.errors import BadRequest, GraftError
 from core.ml import contract as contracts
 from core.ml.catalogue import BaseModel
 from core.ml.prompts import Contract
+from core.ml.training import ranks
 from core.ml.training.config import Spec, lora_of
 from core.ml.training.progress import WEIGHTS
 
@@ -41,14 +43,46 @@ def read(model: PeftModel, folder: Path) -> None:
     """
     stored = load_file(folder / WEIGHTS)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    expected = {name: tensor.shape for name, tensor in _weights(model).items()}
     wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
     if wrong:
         raise _mismatch(
             f"does not fit the model: {len(wrong)} tensors are missing, too many or of another shape, "
             f"{wrong[0]} for one"
         )
-    set_peft_model_state_dict(model, stored)
+    if _parts(model) is None:
+        set_peft_model_state_dict(model, stored)
+        return
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if (
+                isinstance(tensor, DTensor)
+                and (given := stored.get(name.replace(".default.", "."))) is not None
+            ):
+                tensor.copy_(distribute_tensor(given.to(tensor), tensor.device_mesh, tensor.placements))
+
+
+def _parts(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """The trained tensors of a model that several processes share, each put together; None of any other model.
+
+    Every rank has to ask: each gives its part.
+    """
+    shared = {name: tensor for name, tensor in model.named_parameters() if isinstance(tensor, DTensor)}
+    if not shared:
+        return None
+    return {name: tensor.full_tensor().cpu() for name, tensor in shared.items() if tensor.requires_grad}
+
+
+def _weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    made: dict[str, torch.Tensor] = get_peft_model_state_dict(model, state_dict=_parts(model))
+    return made
+
+
+def write(model: PeftModel, folder: Path) -> None:
+    """The adapter's weights in PEFT's layout, from the first rank; every rank has to come."""
+    model.save_pretrained(
+        str(folder), state_dict=_parts(model), safe_serialization=True, is_main_process=ranks.is_first()
+    )
 
 
 def _mismatch(what: str) -> BadRequest:
@@ -60,15 +94,10 @@ def _mismatch(what: str) -> BadRequest:
     )
 
 
-def write_first(model: PeftModel, folder: Path) -> None:
-    """Keep the first weights of an adapter whose start is subtracted at the end (PiSSA)."""
-    model.save_pretrained(str(folder), safe_serialization=True)
-
-
 def save(
     model: PeftModel, contract: Contract, base: BaseModel, spec: Spec, folder: Path, first: Path | None = None
 ) -> None:
-    """Write the adapter's folder. `first` holds the weights that training began with, where lora_B was not zero.
+    """Write the adapter's folder, if this is the first rank; every rank has to come. `first` holds the weights that training began with, where lora_B was not zero.
 
     What PiSSA moved out of the base model's weights is subtracted: the files are an ordinary LoRA of twice the
     rank for the base model as it is.
@@ -76,14 +105,17 @@ def save(
     Raises:
         GraftError: `inert_adapter`, the training changed nothing; `training_diverged`, a weight is no number.
     """
-    weights = get_peft_model_state_dict(model)
-    _check(weights, None if first is None else load_file(first / WEIGHTS))
+    _check(_weights(model), None if first is None else load_file(first / WEIGHTS))
     pissa = spec.lora.init == "pissa"
     model.save_pretrained(
         str(folder),
+        state_dict=_parts(model),
+        is_main_process=ranks.is_first(),
         safe_serialization=True,
         path_initial_model_for_weight_conversion=str(first) if pissa else None,
     )
+    if not ranks.is_first():
+        return
     config_file = folder / "adapter_config.json"
     config = json.loads(config_file.read_text())
     # The name, not a path of this machine; and a set's order differs from run to run. The library spells

@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
-from core.ml.training import assembly, guard, memory, plan, samples, saving, watchdog
+from core.ml.training import assembly, guard, memory, plan, ranks, samples, saving, watchdog
 from core.ml.training.config import Spec
 from core.ml.training.data import Rows, checked_rows
 from core.ml.training.progress import Progress
@@ -41,22 +41,24 @@ class Result:
 
 
 def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
-    """Train one adapter.
+    """Train one adapter; with `run.processes` every one of them calls this, and all come to the same result.
 
     Raises:
         GraftError: the data, the model or the spec cannot be trained with, or nothing is left to try against a loss
             that is no number or too little memory.
         Again: the run has to begin again, with changes.
     """
+    if run.processes > 1:
+        ranks.join()
     report("phase", phase="preparing")
     base_model.prepare(run.model)
     contract = contracts.load(run.model.path)
     context = catalogue.context(run.model)
     rows = checked_rows(run, contract, context=context)
     contract = replace(contract, rows="text" if rows.data.texts else "turns")
-    precision = base_model.settle(run.spec.quantization)
+    precision = replace(base_model.settle(run.spec.quantization), sharded=run.sharded)
     shape = memory.shape_of(catalogue.configuration(run.model))
-    planned = plan.made(run.spec, rows, assembly.device(precision), shape)
+    planned = plan.made(run.spec, rows, assembly.device(precision, run.processes), shape)
     spec, total_steps = planned.spec, planned.total_steps
     if run.start is not None:
         saving.check_start(spec, run.start)
@@ -74,7 +76,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     model = assembly.loaded(run.model, precision, planned)
     first = _first_weights(run, spec, model)
     report("model_loaded", seconds=time.monotonic() - started)
-    if stop():
+    if ranks.agreed(stop()):
         return Result(None, {})
 
     progress = Progress(run, spec, report)
@@ -108,7 +110,8 @@ def _first_weights(run: Run, spec: Spec, model: PeftModel) -> Path | None:
         return run.start
     if spec.lora.init != "pissa":
         return None
-    saving.write_first(model, run.work / "first")
+    saving.write(model, run.work / "first")
+    ranks.barrier()
     return run.work / "first"
 
 
@@ -127,7 +130,7 @@ def _run(trainer: Trainer, run: Run, progress: Progress, total_steps: int) -> No
         progress.restore(state)
         if state.global_step >= total_steps or progress.ended is not None:
             # All steps are done: the trainer, asked to go on, would do one more.
-            trainer._load_from_checkpoint(str(run.resume))
+            saving.read(trainer.model, run.resume)
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))

@@ -38,7 +38,30 @@ def check(spec: Spec) -> None:
         )
 
 
-def optimizer(spec: Spec, *, cuda: bool) -> Optimizer:
+def check_sharded(spec: Spec) -> None:
+    """What cannot be done where several processes share the model (FSDP).
+
+    Raises:
+        BadRequest: `not_with_fsdp`.
+    """
+    refused = {
+        "quantization.bits": spec.quantization.bits == 8,
+        "lora.use_dora": spec.lora.use_dora,
+        "lora.init": spec.lora.init == "pissa",
+        "training.optimizer": spec.training.optimizer not in ("auto", "adamw"),
+    }
+    for param, is_refused in refused.items():
+        if is_refused:
+            raise BadRequest(
+                "not_with_fsdp",
+                f"This worker's processes share each model (GRAFT_TRAINER_SHARDING is fsdp), and {param} as it "
+                "is given needs whole weights.",
+                param=param,
+                hint=f"Leave {param} at its default, or have the worker run with GRAFT_TRAINER_SHARDING=ddp.",
+            )
+
+
+def optimizer(spec: Spec, *, cuda: bool, sharded: bool = False) -> Optimizer:
     """The optimizer of a run on this kind of device.
 
     Raises:
@@ -46,7 +69,7 @@ def optimizer(spec: Spec, *, cuda: bool) -> Optimizer:
     """
     asked = spec.training.optimizer
     if asked == "auto":
-        return "paged_adamw_8bit" if cuda else "adamw"
+        return "paged_adamw_8bit" if cuda and not sharded else "adamw"
     if asked.startswith("paged") and not cuda:
         raise BadRequest(
             "optimizer_needs_gpu",

@@ -1,29 +1,51 @@
 """trl's trainer, in which a bad step changes nothing, and the loss of rows is that of their tokens."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader, RandomSampler
 from trl import SFTTrainer
 
+from core.ml.training import ranks, saving
 from core.ml.training.data import LabelledIds
 from core.ml.training.guard import Watchdog
 
 
 class Trainer(SFTTrainer):
-    """`watchdog` judges every step before the optimizer takes it; without one every step is taken."""
+    """`watchdog` judges every step before the optimizer takes it; without one every step is taken.
+
+    `rows`: how many of the training rows are not there to make all ranks' batches full.
+    """
 
     watchdog: Watchdog | None = None
+    rows = 0
     _batches: Sequence[Any] = ()
     _step_loss = 0.0
     _skipped = False
 
     def loss_on(self, examples: Sequence[LabelledIds]) -> float:
         """The mean loss of the trained tokens of these rows; in no log, and of no account for the best step."""
-        rows = self.get_eval_dataloader(Dataset.from_list(list(examples)))
+        evened = ranks.evened(list(examples), self.args.eval_batch_size)
+        rows = self.get_eval_dataloader(Dataset.from_list(evened))
         output = self.evaluation_loop(rows, description="Evaluation", prediction_loss_only=True)
         return float(output.metrics["eval_loss"])
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return (
+            RandomSampler(range(self.rows))
+            if ranks.count() > 1
+            else super()._get_train_sampler(train_dataset)
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rows in the order that one process would take them in, a batch for each rank in turn."""
+        loader = super().get_train_dataloader()
+        if ranks.count() > 1:
+            loader.set_sampler(ranks.Evened(loader.get_sampler(), self.rows, len(self.train_dataset)))
+        return loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._batches, items = super().get_batch_samples(*args, **kwargs)
@@ -40,7 +62,7 @@ class Trainer(SFTTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         step = self.state.global_step + 1
         self._skipped = self.watchdog is not None and self.watchdog.skips(
-            step, self._batches, self._step_loss, float(norm), fp16=self.args.fp16
+            step, self._batches, ranks.mean(self._step_loss), float(norm), fp16=self.args.fp16
         )
         if self._skipped:
             model.zero_grad()
@@ -66,6 +88,13 @@ class Trainer(SFTTrainer):
         tokens = int((labels >= 0).sum())
         self._total += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)
         return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the library's, which would gather the base model too where the processes share it."""
+        if self.is_fsdp_enabled:
+            saving.write(self.model, Path(output_dir or self.args.output_dir))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Moments and position are the checkpoint's, rates those of this run: a checkpoint keeps the old ones too."""

@@ -120,8 +120,9 @@ def _less_memory(spec: Spec) -> Changes | None:
     if training.batch_size == "auto":  # it died before it was planned: nothing is known of what it takes
         return None
     if training.batch_size > 1:
+        # A divisor of what fitted divides every process's share of the step, too.
         smaller = range(1, training.batch_size // 2 + 1)
-        size = max(n for n in smaller if training.effective_batch_size % n == 0)
+        size = max(n for n in smaller if training.batch_size % n == 0)
         return {"training": {"batch_size": size}}
     if training.gradient_checkpointing is True:
         return None

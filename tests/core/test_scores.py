@@ -1,0 +1,156 @@
+"""What counts as a right answer, metric by metric, and how sure a difference is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.ml.proof import scores, sql
+from core.ml.proof.scores import Row
+
+CLUBS = "Answer with SQL.\nCREATE TABLE clubs (id INTEGER PRIMARY KEY, name VARCHAR, points INTEGER, rate DECIMAL(5, 2))"
+CITIES = "CREATE TABLE people (id INTEGER, city_id INTEGER, age INTEGER); CREATE TABLE cities (id INTEGER, name TEXT)"
+
+
+def scored(metric: scores.Metric, pairs: list[tuple[str, str]], prompt: str = "") -> dict[str, float]:
+    """The scores of these (expected, answered) texts; the base answers nothing."""
+    rows = [Row(prompt, expected) for expected, _ in pairs]
+    found = scores.compare(metric, rows, [""] * len(rows), [answer for _, answer in pairs])
+    return {one.name: one.adapter for one in found}
+
+
+def test_white_space_is_no_difference_and_everything_else_is() -> None:
+    assert scored("exact_match", [("a  b\n", "a b"), ("a b", "A b")]) == {"exact_match": 0.5}
+
+
+def test_labels_are_told_in_any_case_and_rare_ones_count_as_much_in_the_macro_mean() -> None:
+    pairs = [("yes", "Yes."), ("yes", "yes"), ("yes", " yes\n"), ("no", "yes"), ("no", "I think no")]
+    found = scored("label_accuracy", pairs)
+    assert found["label_accuracy"] == pytest.approx(3 / 5)
+    assert found["macro_f1"] == pytest.approx((2 * 3 / (3 + 4) + 0) / 2)
+
+
+def test_fields_are_compared_one_by_one_in_any_order() -> None:
+    wanted = '{"people": 2, "names": ["Ann", "Bo"], "at": {"time": "noon"}}'
+    assert scored(
+        "json_validity", [(wanted, '{"at": {"time": "noon"}, "names": ["Bo", "Ann"], "people": 2.0}')]
+    ) == {
+        "json_valid": 1.0,
+        "field_f1": 1.0,
+    }
+    assert scored("json_validity", [(wanted, '```json\n{"people": 2, "time": "noon"}\n```')]) == {
+        "json_valid": 1.0,
+        "field_f1": pytest.approx(2 * 1 / (4 + 2)),
+    }
+    assert scored("json_validity", [(wanted, wanted[:-1])]) == {"json_valid": 0.0, "field_f1": 0.0}
+    assert scored("json_validity", [('{"a": true}', '{"a": 1}')])["field_f1"] == 0.0
+    assert scored("json_validity", [("{}", "{}")])["field_f1"] == 1.0
+
+
+def test_words_of_every_writing_are_compared() -> None:
+    assert scored("rouge", [("the cat sat", "The cat lay")])["rouge_l"] == pytest.approx(2 / 3)
+    assert scored("rouge", [("кот сидел", "кот сидел")])["rouge_l"] == 1.0
+    assert 0 < scored("rouge", [("猫が座った", "猫が寝た")])["rouge_l"] < 1
+
+
+@pytest.mark.parametrize(
+    ("expected", "answered", "same"),
+    [
+        ("SELECT name FROM clubs WHERE points > 7", "select NAME from clubs where points >= 8;", True),
+        ("SELECT name FROM clubs WHERE points > 7", "SELECT name FROM clubs WHERE points >= 7", False),
+        ("SELECT name FROM clubs WHERE points > 7", "SELECT points FROM clubs WHERE points > 7", False),
+        ("SELECT name FROM clubs WHERE name = 'Ajax'", "SELECT name FROM clubs WHERE name = 'ajax'", False),
+        ("SELECT points FROM clubs WHERE name = \"Ajax\"", "SELECT points FROM clubs WHERE name = 'Ajax'", True),
+        ("SELECT name FROM clubs WHERE rate = 66.86", "SELECT name FROM clubs WHERE rate = 66.8", False),
+        ("SELECT COUNT(*) FROM clubs", "SELECT COUNT(name) FROM clubs", True),
+        ("SELECT MAX(points) FROM clubs", "SELECT MIN(points) FROM clubs", False),
+        ("SELECT name FROM clubs ORDER BY points", "SELECT name FROM clubs ORDER BY points DESC", False),
+        ("SELECT name FROM clubs", "SELECT name FROM clubs ORDER BY points DESC", True),
+        ("SELECT name FROM clubs", "```sql\nSELECT name FROM clubs\n```", True),
+        ("SELECT name FROM clubs", "The query is SELECT name FROM clubs", False),
+        ("SELECT name FROM clubs", "SELECT name FROM clubs; DROP TABLE clubs", False),
+        ("SELECT name FROM clubs", "", False),
+    ],
+)  # fmt: skip
+def test_queries_are_the_same_when_their_results_are(expected: str, answered: str, same: bool) -> None:
+    assert sql.same_results(CLUBS, expected, answered) is same
+
+
+def test_joined_tables_have_rows_that_meet() -> None:
+    join = "SELECT c.name FROM people p JOIN cities c ON p.city_id = c.id WHERE p.age > 30"
+    other = "SELECT name FROM cities WHERE id IN (SELECT city_id FROM people WHERE age > 30)"
+    assert sql.same_results(CITIES, join, join)
+    assert not sql.same_results(CITIES, join, other)  # a city once, not once a person
+    assert not sql.same_results(CITIES, join, join.replace("30", "31"))
+
+
+def test_a_query_that_does_not_run_itself_is_left_out_and_counted() -> None:
+    rows = [Row(CLUBS, "SELECT name FROM clubs"), Row(CLUBS, "SELECT nothing FROM clubs")]
+    (found,) = scores.compare("sql_execution", rows, ["", ""], [row.expected for row in rows])
+    assert (found.adapter, found.rows, found.left_out) == (1.0, 1, 1)
+    assert scores.compare("sql_execution", rows[1:], [""], [""]) == []
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [
+        "DELETE FROM clubs",
+        "PRAGMA table_info(clubs)",
+        "ATTACH DATABASE '{file}' AS other",
+        "SELECT readfile('{file}')",
+        "SELECT load_extension('{file}')",
+        "VACUUM INTO '{file}'",
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n",
+        "SELECT count(*) FROM clubs a, clubs b, clubs c, clubs d, clubs e, clubs f",
+        "SELECT zeroblob(1000000000)",
+        "SELECT printf('%.*c', 1000000000, 'x') FROM clubs",
+        "SELECT 'a\0b'",
+    ],
+)
+def test_an_answer_can_neither_write_nor_run_for_ever(answered: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    assert sql.same_results(CLUBS, "SELECT name FROM clubs", answered.replace("{file}", str(file))) is False
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "CREATE TABLE t (a INTEGER DEFAULT (load_extension('x')))",
+        "CREATE TABLE t (a INTEGER); CREATE TABLE t (a INTEGER)",
+        "CREATE TABLE t (a INTEGER",
+        "CREATE TABLE " + "t" * 10_000 + " (a INTEGER)",
+    ],
+)
+def test_tables_that_cannot_be_made_are_no_rows_to_score(prompt: str) -> None:
+    assert sql.same_results(prompt, "SELECT b FROM t", "SELECT b FROM t") is None
+
+
+def test_metrics_are_chosen_by_the_data() -> None:
+    query = [Row(CLUBS, f"SELECT name FROM clubs WHERE points > {n}") for n in range(20)]
+    label = [Row("Which?", f"topic {n % 4}") for n in range(20)]
+    fields = [Row("Extract.", json.dumps({"n": n})) for n in range(20)]
+    short = [Row("Capital?", f"City {n}") for n in range(20)]
+    free = [Row("Tell.", "word " * n) for n in range(1, 21)]
+    assert [scores.chosen(rows)[0] for rows in (query, label, fields, short, free)] == [
+        "sql_execution",
+        "label_accuracy",
+        "json_validity",
+        "rouge",
+        "rouge",
+    ]
+    assert ("exact_match" in scores.chosen(short), "exact_match" in scores.chosen(free)) == (True, False)
+    assert scores.chosen([]) == []
+
+
+def test_the_interval_is_paired_and_always_the_same() -> None:
+    rng = np.random.default_rng(1)
+    base, other = rng.random(60), rng.random(60)
+    steady = scores.paired("x", base, base + 0.1)
+    assert steady.interval == (pytest.approx(0.1), pytest.approx(0.1))  # the rows' own spread does not count
+    noise = scores.paired("x", base, other)
+    assert noise.interval[0] < noise.difference < noise.interval[1]
+    assert noise.interval[0] < 0 < noise.interval[1]
+    assert noise == scores.paired("x", base, other)
+    assert scores.paired("x", [0.0], [1.0]).interval == (1.0, 1.0)

@@ -1,0 +1,335 @@
+"""The proof of saved adapters: what it finds in good ones, and that no damaged one passes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.hashes import sha256
+from core.ml import base_model, catalogue, prompts
+from core.ml import contract as contracts
+from core.ml.catalogue import BaseModel, Catalogue
+from core.ml.proof import evaluate, loading, measure
+from core.ml.proof.answers import Answer, drafted
+from core.ml.proof.evaluate import Evaluation, Side
+from core.ml.proof.measure import Losses
+from core.ml.training import data
+from core.ml.training.run import Run
+from tests import tiny
+from tests.ml import runs
+from worker import trainer
+
+Made = tuple[Run, Path, dict[str, float]]
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("proof")
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tiny_model: Path, folder: Path) -> BaseModel:
+    return catalogue.find(Catalogue(folder / "models", {tiny.NAME: str(tiny_model)}), tiny.NAME)
+
+
+@pytest.fixture(scope="module")
+def make(tiny_base: BaseModel, folder: Path) -> runs.MakeRun:
+    return runs.maker(tiny_base, folder)
+
+
+@pytest.fixture(scope="module")
+def trained(make: runs.MakeRun) -> Made:
+    """Twelve steps with validation rows held back; what it learns is that answers begin with SELECT."""
+    run = make("trained", fraction=0.4, training={"max_steps": 12, "learning_rate": 0.02})
+    result, _ = runs.train(run)
+    assert result.adapter is not None
+    return run, result.adapter, result.metrics
+
+
+@pytest.fixture
+def saved(trained: Made, tmp_path: Path) -> Made:
+    """The same in a folder of its own."""
+    run, adapter, metrics = trained
+    return run, Path(shutil.copytree(adapter, tmp_path / "adapter")), metrics
+
+
+def prove(made: Made, stop: Callable[[], bool] = lambda: False, **facts: Any) -> tuple[str, dict[str, Any]]:
+    """The end that the proof reports."""
+    run, adapter, metrics = made
+    reports: runs.Reports = []
+    facts = {"metrics": metrics, "job_id": "job_1"} | facts
+    trainer.prove(run, adapter, facts, lambda kind, /, **told: reports.append((kind, told)), stop)
+    assert [kind for kind, _ in reports[:-1]] == ["alive"] * (len(reports) - 1)
+    return reports[-1]
+
+
+def test_a_good_adapter_is_proved_and_its_card_tells_what_it_is_worth(saved: Made) -> None:
+    run, adapter, metrics = saved
+    files = {file.name: sha256(file) for file in adapter.iterdir() if file.name != "README.md"}
+    kind, proved = prove(saved, dataset="my rows", spec=run.spec.model_dump())
+    assert kind == "proved"
+    certificate = proved["certificate"]
+    failed = [check["name"] for check in certificate["checks"] if not check["ok"]]
+    assert set(failed) <= {"stop_rate"}
+    assert certificate["ok"] is not bool(failed)
+    held = {check["name"]: check for check in certificate["checks"]}
+    assert held["check_loss"]["value"] == pytest.approx(metrics["check_loss"], rel=0.01)
+    assert held["eval_loss"]["value"] == pytest.approx(metrics["eval_loss"], rel=0.01)
+    assert (held["keys"]["value"], held["not_zero"]["value"]) == (28, 14)
+    assert certificate["hashes"]["files"] == files
+    assert certificate["hashes"]["dataset"] == sha256(run.train.path)
+    assert "model.safetensors" in certificate["hashes"]["base"]
+    assert certificate["versions"]["torch"] == torch.__version__
+
+    evaluation = certificate["evaluation"]
+    assert evaluation["base"]["loss"] == pytest.approx(metrics["base_eval_loss"], rel=0.01)
+    assert evaluation["loss"]["interval"][1] < 0
+    assert set(evaluation["scores"]) == {"rouge_l", "exact_match"}
+    assert evaluation["verdict"]["better"] == "better"
+    assert proved["metrics"].keys() >= {"eval_perplexity", "base_eval_perplexity", "rouge_l", "base_rouge_l"}
+    assert json.loads((adapter / "certificate.json").read_text()) == certificate
+    card = (adapter / "README.md").read_text()
+    assert f"base_model: {tiny.NAME}" in card.split("---")[1]
+    assert evaluation["verdict"]["words"] in card
+    assert all(
+        text in card for text in ("my rows", certificate["hashes"]["dataset"], "PeftModel", "| keys |")
+    )
+
+
+def test_without_validation_rows_nothing_is_said_of_better_or_worse(make: runs.MakeRun) -> None:
+    run = make("alone")
+    result, _ = runs.train(run)
+    assert result.adapter is not None
+    kind, proved = prove((run, result.adapter, result.metrics))
+    assert kind == "proved"
+    evaluation = proved["certificate"]["evaluation"]
+    assert (evaluation["rows"], evaluation["base"], evaluation["scores"]) == (0, None, {})
+    assert evaluation["verdict"] | {"words": "", "stops": None} == {
+        "better": None,
+        "stops": None,
+        "memorised": None,
+        "words": "",
+    }
+    assert evaluation["stop_rate"] is not None
+    assert set(proved["metrics"]) == {"stop_rate"}
+    assert "check_loss" in {check["name"] for check in proved["certificate"]["checks"]}
+
+
+def side(unseen: float, seen: float, stops: int = 0) -> Side:
+    """Twenty rows of one loss, as many of another that were trained, and twenty answers."""
+    rows = [Losses(np.full(20, loss), np.ones(20)) for loss in (unseen, seen)]
+    answers = [Answer("", "stop" if place < stops else "length") for place in range(20)]
+    return Side(rows[0], rows[1], answers)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "better", "memorised", "stops"),
+    [
+        (side(1.0, 0.9, stops=20), "better", False, True),
+        (side(1.9, 0.1, stops=16), "better", True, True),
+        (side(2.5, 0.1, stops=15), "worse", True, False),
+        (side(2.0, 2.0), "no better", False, False),
+        (side(2.0, 1.95), "no better", False, False),  # too little to speak of
+    ],
+)
+def test_the_verdict_says_better_stopping_and_learnt_by_heart(
+    adapter: Side, better: str, memorised: bool, stops: bool
+) -> None:
+    found = Evaluation(side(2.0, 2.0), adapter, list(range(20)), 3.0, [], 20)
+    verdict = evaluate.verdict(found)
+    assert (verdict["better"], verdict["memorised"], verdict["stops"]) == (better, memorised, stops)
+    assert f"{better} " in verdict["words"]
+    assert ("did not learn" in verdict["words"]) is not memorised
+
+
+def change(adapter: Path, alter: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    alter(tensors)
+    save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
+
+
+def change_config(adapter: Path, **values: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def zeroed(adapter: Path) -> None:
+    change(adapter, lambda tensors: [tensors[name].zero_() for name in tensors if "lora_B" in name])
+
+
+def with_one_missing(adapter: Path) -> None:
+    change(adapter, lambda tensors: tensors.pop(sorted(tensors)[0]))
+
+
+def with_one_too_many(adapter: Path) -> None:
+    name = "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"
+    change(adapter, lambda tensors: tensors.update({name: torch.ones(16, 64)}))
+
+
+def with_a_nan(adapter: Path) -> None:
+    change(adapter, lambda tensors: tensors[sorted(tensors)[0]].fill_(torch.nan))
+
+
+def cut_short(adapter: Path) -> None:
+    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-100])
+
+
+def of_another_rank(adapter: Path) -> None:
+    change_config(adapter, r=8)
+
+
+def with_fewer_targets(adapter: Path) -> None:
+    change_config(adapter, target_modules=["q_proj", "v_proj"])
+
+
+def with_a_target_of_no_module(adapter: Path) -> None:
+    names = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    change_config(adapter, target_modules=[*names, "w_pack"])
+
+
+def of_another_scale(adapter: Path) -> None:
+    change_config(adapter, lora_alpha=64)
+
+
+def of_another_base(adapter: Path) -> None:
+    change_config(adapter, base_model_name_or_path="tests/other")
+
+
+def retemplated(adapter: Path) -> None:
+    file = adapter / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<|im_end|>", "<|endoftext|>"))
+
+
+def retemplated_throughout(adapter: Path) -> None:
+    """Consistent with itself: only the base model's contract tells."""
+    retemplated(adapter)
+    (adapter / contracts.CONTRACT_FILE).unlink()
+    contracts.save(contracts.load(adapter), adapter)
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (zeroed, "inert_adapter"),
+        (with_one_missing, "adapter_incomplete"),
+        (with_one_too_many, "adapter_incomplete"),
+        (with_a_nan, "adapter_incomplete"),
+        (cut_short, "adapter_incomplete"),
+        (of_another_rank, "adapter_incomplete"),
+        (with_fewer_targets, "adapter_incomplete"),
+        (with_a_target_of_no_module, "adapter_incomplete"),
+        (of_another_scale, "adapter_differs"),
+        (of_another_base, "adapter_mismatch"),
+        (retemplated, "contract_broken"),
+        (retemplated_throughout, "contract_broken"),
+    ],
+)
+def test_a_damaged_adapter_does_not_pass(saved: Made, damage: Callable[[Path], None], code: str) -> None:
+    damage(saved[1])
+    kind, error = prove(saved)
+    assert (kind, error.get("code")) == ("error", code)
+    assert not (saved[1] / "certificate.json").exists()
+
+
+def test_another_runs_adapter_does_not_pass(saved: Made, make: runs.MakeRun) -> None:
+    result, _ = runs.train(make("another", seed=7, training={"max_steps": 3}))
+    assert result.adapter is not None
+    shutil.copy(result.adapter / WEIGHTS, saved[1] / WEIGHTS)
+    kind, error = prove(saved)
+    assert (kind, error.get("code")) == ("error", "adapter_differs")
+
+
+def test_asked_to_stop_it_stops(saved: Made) -> None:
+    asked = [0]
+
+    def stop() -> bool:
+        asked[0] += 1
+        return asked[0] > 3
+
+    assert prove(saved, stop) == ("stopped", {})
+    assert not (saved[1] / "certificate.json").exists()
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_answers_are_those_of_one_prompt_at_a_time(trained: Made, stateful: bool) -> None:
+    """In float32, where no rounding decides; the prompt is read once for the loss and the answer."""
+    run, adapter, _ = trained
+    contract = contracts.load(run.model.path)
+    rows = data.rows_of(run, contract, context=512)
+    model = loading.load(run.model, base_model.settle(run.spec.quantization), adapter).float()
+    base = model.get_base_model()
+    examples = [*rows.valid_examples, *rows.train_examples]
+    asked = [
+        measure.Asked(example, next(i for i, label in enumerate(example["labels"]) if label >= 0))
+        for example in examples
+    ]
+    # The longest rows of a batch have nothing to answer, so that what is left of it is shorter than its cache.
+    longest = max(len(one.example["input_ids"]) for one in asked)
+    asked = [one._replace(start=None) if len(one.example["input_ids"]) == longest else one for one in asked]
+    # It was not trained for long enough to end an answer: a word of some of its answers shall be the end.
+    end_word = contract.tokenizer(" the", add_special_tokens=False)["input_ids"][-1]
+    contract = replace(contract, stop_token_ids=(*contract.stop_token_ids, end_word))
+    base._is_stateful = stateful
+    _, answers = measure.measure(model, contract, asked, 12, lambda: None)
+    base._is_stateful = False
+    stops = list(contract.stop_token_ids)
+    lengths = set()
+    for one, answer in zip(asked, answers, strict=True):
+        if one.start is None:
+            assert answer is None
+            continue
+        ids = torch.tensor([one.example["input_ids"][: one.start]])
+        made = base.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+            eos_token_id=stops, pad_token_id=stops[0],
+        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        end = next((place for place, token in enumerate(made) if token in stops), None)
+        assert answer is not None
+        assert answer.text == prompts.text_of(contract, made[:end])
+        assert answer.finish_reason == ("length" if end is None else "stop")
+        lengths.add(end)
+    assert None in lengths
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_losses_are_those_of_one_row_at_a_time(trained: Made, whole: bool) -> None:
+    run, adapter, _ = trained
+    contract = contracts.load(run.model.path)
+    rows = data.rows_of(run, contract, context=512)
+    model = loading.load(run.model, base_model.settle(run.spec.quantization), adapter).float()
+    asked = [
+        measure.Asked(example | {"labels": example["input_ids"]} if whole else example, None)
+        for example in rows.train_examples
+    ]
+    losses, answers = measure.measure(model, contract, asked, 0, lambda: None)
+    assert set(answers) == {None}
+    for one, loss, count in zip(asked, losses.rows, losses.counts, strict=True):
+        ids, labels = (torch.tensor([one.example[name]]) for name in ("input_ids", "labels"))
+        assert loss == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
+        assert count == (labels[:, 1:] >= 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("guesses", "limit", "tokens", "ended"),
+    [
+        ([0, 0, 7, 8, 9], 10, [7, 8, 9], False),  # right to the end of the row, and on
+        ([0, 0, 7, 5, 9], 10, [7, 5], False),  # another token is the last one known
+        ([0, 0, 7, 2, 9], 10, [7], True),
+        ([0, 0, 2, 8, 9], 10, [], True),
+        ([0, 0, 7, 8, 9], 2, [7, 8], False),
+    ],
+)
+def test_an_answer_is_known_as_far_as_it_is_the_rows(
+    guesses: list[int], limit: int, tokens: list[int], ended: bool
+) -> None:
+    draft = drafted([3, 4, 7, 8], guesses, 2, (2,), limit)
+    assert (draft.tokens, draft.ended) == (tokens, ended)

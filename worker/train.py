@@ -98,13 +98,20 @@ def publish(
 ) -> None:
     """Store the adapter once, then insert its row and end the job, as often as the database needs."""
     job = attempt.job
+    # The last thing that was "auto": what the answers are judged by.
+    judged = job.spec["evaluation"] | {"metrics": certificate["evaluation"]["metrics"]}
     fields = artifacts.store_adapter(context, job, folder, metrics, attempt.work)
     fields["certificate"] = certificate
 
     def succeed() -> None:
         with context.sessions.begin() as session:
             attempts.renew(
-                session, job.id, job.fence, context.settings.lease_seconds, metrics=job.metrics | metrics
+                session,
+                job.id,
+                job.fence,
+                context.settings.lease_seconds,
+                metrics=job.metrics | metrics,
+                spec=job.spec | {"evaluation": judged},
             )
             _certified(session, job, certificate)
             attempts.succeed(session, job.id, job.fence, Adapter(**fields))

@@ -124,7 +124,7 @@ ERROR = {"code": "unknown_target_modules", "message": "No.", "hint": None, "para
         (
             {"measured": MEASURED},
             {"ok": True, "spec": {"seed": 7}, "device": "GPU", "seconds_per_step": 2.0, "eta_seconds": 7.0}
-            | {"memory": {"needed_bytes": 10, "present_bytes": 20}, "not_measured": None},
+            | {"memory": {"needed_bytes": 10, "present_bytes": 20, "measured": True}, "not_measured": None},
         ),
         (
             {"error": ERROR},

@@ -7,7 +7,7 @@ from core.control import attempts, datasets, jobs, projects
 from core.control.db import Sessions
 from core.control.tables import Adapter, Dataset, Export, Job, new_id, utcnow
 
-SPEC: dict[str, Any] = {"seed": 42, "validation": None}
+SPEC: dict[str, Any] = {"seed": 42, "evaluation": {}, "validation": None}
 
 
 def project(sessions: Sessions, name: str = "ours") -> str:

@@ -13,7 +13,7 @@ from core.ml.training.config import Spec
 def kept() -> dict[str, Any]:
     """A spec as the first attempt left it: nothing in it is "auto"."""
     spec = config.settle(Spec()).model_dump() | {"validation": {"fraction": 0.1}}
-    spec["training"] |= {"max_length": 120, "loss_on": "assistant", "packing": False}
+    spec["training"] |= {"batch_size": 8, "max_length": 120, "loss_on": "assistant", "packing": False}
     return spec
 
 
@@ -39,7 +39,7 @@ def test_a_value_that_was_settled_and_no_longer_fits_is_explained(kept: dict[str
     assert caught.value.hint is not None
     assert 'or "auto" again' in caught.value.hint
     again = changes.merged(kept, {"training": {"effective_batch_size": 12, "batch_size": "auto"}})
-    assert again["training"]["batch_size"] == 6
+    assert again["training"]["batch_size"] == "auto"
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_the_download_is_whole_and_loads_with_plain_peft(
             "README.md",
             "adapter_config.json",
             "adapter_model.safetensors",
+            "certificate.json",
             "chat_template.jinja",
             "prompt_contract.json",
             "tokenizer.json",

@@ -143,7 +143,7 @@ def side(unseen: float, seen: float, stops: int = 0) -> Side:
 def test_the_verdict_says_better_stopping_and_learnt_by_heart(
     adapter: Side, better: str, memorised: bool, stops: bool
 ) -> None:
-    found = Evaluation(side(2.0, 2.0), adapter, list(range(20)), 3.0, [], 20)
+    found = Evaluation(side(2.0, 2.0), adapter, list(range(20)), 3.0, [], 20, [])
     verdict = evaluate.verdict(found)
     assert (verdict["better"], verdict["memorised"], verdict["stops"]) == (better, memorised, stops)
     assert f"{better} " in verdict["words"]

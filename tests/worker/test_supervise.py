@@ -19,7 +19,7 @@ from worker.context import Context
 CERTIFICATE = {
     "ok": True,
     "checks": [{"name": "keys", "ok": True}],
-    "evaluation": {"verdict": {"words": "It is better."}},
+    "evaluation": {"metrics": ["rouge"], "verdict": {"words": "It is better."}},
 }
 FAILED = {"code": "adapter_changes_nothing", "message": "lora_B is zero.", "hint": None}
 Report = tuple[str, dict[str, Any]]

@@ -22,7 +22,7 @@ CERTIFICATE: dict[str, Any] = {
     "version": 1,
     "ok": False,
     "checks": [{"name": "keys", "ok": True}, {"name": "stop_rate", "ok": False}],
-    "evaluation": {"verdict": {"words": "It is better."}},
+    "evaluation": {"metrics": ["rouge"], "verdict": {"words": "It is better."}},
 }
 
 

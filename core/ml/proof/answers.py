@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -72,56 +72,86 @@ def drafted(
     return draft
 
 
-def go_on(
-    base: Any,
-    contract: Contract,
-    rows: Sequence[Sequence[int]],
-    drafts: Sequence[Draft],
-    cache: Any,
-    limit: int,
-    tick: Tick,
-) -> None:
-    """Let the model finish the drafts. `cache` holds what it made of `rows`, padded on the left; None: nothing does."""
+class Pending(NamedTuple):
+    """Rows of a batch whose drafts are not whole, and what the model made of them, padded on the left.
+
+    `cache` None: the model keeps a state instead, which cannot take back what it read.
+    """
+
+    rows: list[list[int]]
+    drafts: list[Draft]
+    cache: Any | None
+
+    @property
+    def bytes(self) -> int:
+        layers = self.cache.layers if self.cache is not None else ()
+        return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+
+
+def go_on(base: Any, contract: Contract, pending: Sequence[Pending], limit: int, tick: Tick) -> None:
+    """Let the model finish the drafts: all rows at a time, where their caches can be put together."""
+    if any(type(layer) is not DynamicLayer for some in pending if some.cache for layer in some.cache.layers):
+        for some in pending:
+            _finish(base, contract, some, limit, tick)
+    elif pending:
+        rows = [row for some in pending for row in some.rows]
+        drafts = [draft for some in pending for draft in some.drafts]
+        _finish(base, contract, Pending(rows, drafts, _together(pending, limit)), limit, tick)
+
+
+def _finish(base: Any, contract: Contract, some: Pending, limit: int, tick: Tick) -> None:
     stops = contract.stop_token_ids
-    known = [row if cache else row[: draft.start] for row, draft in zip(rows, drafts, strict=True)]
-    longest = cache.get_seq_length() if cache else max(map(len, known))
     ids, mask = [], []
-    for row, draft in zip(known, drafts, strict=True):
-        new = draft.tokens[-1:] if cache else draft.tokens
-        pad = longest - len(row)
-        # Of a row in the cache only what the draft shares with it is seen; the rest lies there unseen.
-        seen = draft.start + len(draft.tokens) - 1 if cache else len(row)
-        ids.append([stops[0]] * pad + [*row, *new])
-        mask.append([0] * pad + [1] * seen + [0] * (len(row) - seen) + [1] * len(new))
-    if not cache:
-        widest = max(map(len, ids))
-        ids = [[stops[0]] * (widest - len(row)) + row for row in ids]
-        mask = [[0] * (widest - len(row)) + row for row in mask]
+    for row, draft in zip(some.rows, some.drafts, strict=True):
+        if some.cache is None:
+            ids.append(row[: draft.start] + draft.tokens)
+            mask.append([1] * len(ids[-1]))
+        else:
+            # Of a row in the cache only what the draft shares with it is seen; the rest lies there unseen.
+            seen = draft.start + len(draft.tokens) - 1
+            ids.append([*row, draft.tokens[-1]])
+            mask.append([1] * seen + [0] * (len(row) - seen) + [1])
+    widest = max(map(len, ids)) if some.cache is None else some.cache.get_seq_length() + 1
     base.generation_config = GenerationConfig()  # penalties of the model's makers must not mix in
     made = base.generate(
-        input_ids=torch.tensor(ids, device=base.device),
-        attention_mask=torch.tensor(mask, device=base.device),
-        past_key_values=cache,
+        input_ids=torch.tensor([[stops[0]] * (widest - len(row)) + row for row in ids], device=base.device),
+        attention_mask=torch.tensor([[0] * (widest - len(row)) + row for row in mask], device=base.device),
+        past_key_values=some.cache,
         generation_config=GenerationConfig(
-            max_new_tokens=max(limit - len(draft.tokens) for draft in drafts),
+            max_new_tokens=max(limit - len(draft.tokens) for draft in some.drafts),
             do_sample=False,
             eos_token_id=list(stops),
             pad_token_id=stops[0],
         ),
         stopping_criteria=StoppingCriteriaList([_Ticking(tick)]),
     )
-    for draft, new in zip(drafts, made[:, len(ids[0]) :].tolist(), strict=True):
+    for draft, new in zip(some.drafts, made[:, widest:].tolist(), strict=True):
         draft.add(new, stops)
+
+
+def _together(pending: Sequence[Pending], room: int) -> Any | None:
+    """One cache of all rows, with room for so many more tokens."""
+    caches = [some.cache for some in pending if some.cache is not None]
+    if not caches:
+        return None
+    for place, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        caches[0].layers[place] = _Roomy(layers, room)
+        for cache in caches[1:]:
+            cache.layers[place] = None  # two copies of a layer at a time, not of all of them
+    return caches[0]
 
 
 class _Roomy(DynamicLayer):
     """Keys and values with room for more: the library's own layer copies all of them for every new token."""
 
-    def __init__(self, filled: Any, rows: torch.Tensor, room: int) -> None:
+    def __init__(self, filled: Sequence[Any], room: int) -> None:
         super().__init__()
-        self.lazy_initialization(filled.keys, filled.values)
-        self._lying = [_wider(filled.keys[rows], room), _wider(filled.values[rows], room)]
-        length = filled.keys.shape[-2]
+        self.lazy_initialization(filled[0].keys, filled[0].values)
+        length = max(layer.keys.shape[-2] for layer in filled)
+        self._lying = [
+            _wider([layer.keys for layer in filled], length, room),
+            _wider([layer.values for layer in filled], length, room),
+        ]
         self.keys, self.values = (lying[:, :, :length] for lying in self._lying)
 
     def update(
@@ -137,23 +167,17 @@ class _Roomy(DynamicLayer):
         return self.keys, self.values
 
 
-def _wider(states: torch.Tensor, room: int) -> torch.Tensor:
-    """States [rows, heads, tokens, width] at the beginning of a tensor for so many more tokens."""
-    rows, heads, length, width = states.shape
-    lying = states.new_empty(rows, heads, length + room, width)
-    lying[:, :, :length] = states
+def _wider(parts: Sequence[torch.Tensor], length: int, room: int) -> torch.Tensor:
+    """States [rows, heads, tokens, width] below one another, padded on the left to `length`, and room on the right."""
+    rows = sum(len(states) for states in parts)
+    _, heads, _, width = parts[0].shape
+    # Zeros: what is masked must be numbers all the same.
+    lying = parts[0].new_zeros(rows, heads, length + room, width)
+    start = 0
+    for states in parts:
+        lying[start : start + len(states), :, length - states.shape[-2] : length] = states
+        start += len(states)
     return lying
-
-
-def with_room(cache: Any, rows: Sequence[int], room: int) -> Any:
-    """The cache of these rows of a batch, with room for so many more tokens."""
-    chosen = torch.tensor(rows)
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        cache.batch_select_indices(chosen)
-        return cache
-    for place, layer in enumerate(cache.layers):
-        cache.layers[place] = _Roomy(layer, chosen.to(layer.keys.device), room)
-    return cache
 
 
 class _Ticking(StoppingCriteria):

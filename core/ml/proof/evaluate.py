@@ -3,8 +3,9 @@
 Better or worse is told by the first score that fits the data, and by the loss where answers are free text, of which
 ROUGE sees only the words: better when the whole 95 % interval of the difference lies on that side of nothing.
 
-Memorised: of what the adapter gained over its base on rows that it was trained on, more than half is missing on as
-many rows that it never saw, and more than 0.1 of loss. Not asked where no row was trained more than once.
+Memorised: of what the adapter gained over its base on rows that it was trained on (32 of them, from the first to
+the last), more than half is missing on the validation rows, and more than 0.1 of loss. Not asked where no row was
+trained more than once.
 """
 
 import math
@@ -23,13 +24,15 @@ from core.ml.proof.measure import Asked, Losses, measure
 from core.ml.proof.questions import Question
 from core.ml.proof.scores import Row, Scored
 from core.ml.training import plan
-from core.ml.training.config import Spec
+from core.ml.training.config import Metric, Spec
 from core.ml.training.data import LabelledIds, Rows
 from core.ml.training.run import Run
 
 # Rows whose loss training measured, too.
 CHECKED = 16
 STOPS = 0.8
+# Rows that were trained whose loss is compared with that of the others.
+_TRAINED = 32
 _LOST = 0.5
 _LEAST = 0.1
 
@@ -47,7 +50,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`kept` are the places of validation rows in the losses that prove something; `passes` over the training rows."""
+    """`kept` are the places of validation rows in the losses that prove something; `passes` over the training rows;
+    `metrics` what "auto" became."""
 
     base: Side
     adapter: Side
@@ -55,6 +59,7 @@ class Evaluation:
     passes: float
     scores: list[Scored]
     valid: int
+    metrics: list[Metric]
 
     @property
     def check_loss(self) -> float:
@@ -85,6 +90,7 @@ class Evaluation:
             "base": _measured(self.base.losses, self.kept),
             "adapter": _measured(self.adapter.losses, self.kept),
             "loss": self.loss.as_dict() if self.loss else None,
+            "metrics": self.metrics,
             "scores": {scored.name: scored.as_dict() for scored in self.scores},
             "stop_rate": self.stop_rate,
             "answers": len(self.adapter.answers),
@@ -127,7 +133,7 @@ def evaluate(
     fitting, limit = _fitting(dict(zip(lines, examples, strict=True)), asked, catalogue.context(run.model))
     trained_rows = plan.trained_rows(spec, rows)
     passes = plan.total_steps(spec, trained_rows) * spec.training.effective_batch_size / trained_rows
-    trained = _spread(rows, len(kept)) if kept and passes > 1 else []
+    trained = _spread(rows, min(len(kept), _TRAINED)) if kept and passes > 1 else []
 
     def side(*, base: bool) -> Side:
         with model.disable_adapter() if base else nullcontext():
@@ -142,9 +148,11 @@ def evaluate(
     base, adapter = side(base=True), side(base=False)
     rows_asked = [fitting[line].row for line in lines if line in fitting]
     known_rows = [question.row for question in known.values()]
-    scored = _scores(spec, rows_asked, known_rows, base.answers, adapter.answers) if kept else []
+    metrics = _metrics(spec, rows_asked, known_rows) if kept else []
+    texts = [[answer.text for answer in side.answers] for side in (base, adapter)]
+    scored = [one for metric in metrics for one in scores.compare(metric, rows_asked, *texts)]
     tick()
-    return Evaluation(base, adapter, kept, passes, scored, rows.valid_count)
+    return Evaluation(base, adapter, kept, passes, scored, rows.valid_count, metrics)
 
 
 def _first(rows: Rows, count: int) -> tuple[list[int], list[LabelledIds]]:
@@ -183,16 +191,12 @@ def _fitting(
     return fitting, limit
 
 
-def _scores(
-    spec: Spec, rows: list[Row], known: list[Row], base: list[Answer], adapter: list[Answer]
-) -> list[Scored]:
+def _metrics(spec: Spec, rows: list[Row], known: list[Row]) -> list[Metric]:
+    """What is taken of the answers to `rows`; `known` ones help to tell what kind they are."""
     if not rows:
         return []
-    metrics = spec.evaluation.metrics
-    if metrics == "auto":
-        metrics = scores.chosen([*rows, *known])
-    texts = [[answer.text for answer in side] for side in (base, adapter)]
-    return [scored for metric in metrics for scored in scores.compare(metric, rows, *texts)]
+    asked = spec.evaluation.metrics
+    return scores.chosen([*rows, *known]) if asked == "auto" else asked
 
 
 def verdict(found: Evaluation) -> dict[str, Any]:

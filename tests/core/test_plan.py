@@ -1,0 +1,80 @@
+"""What is planned for a device: the fastest layout that fits into its memory."""
+
+from array import array
+from typing import Any
+
+import pytest
+
+from core.ml.training import memory, plan
+from core.ml.training.config import Spec, settle
+from core.ml.training.data import Rows, Tokenised
+from core.ml.training.plan import Device, Plan
+
+GIGABYTE = 10**9
+SMALL = {
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def planned(free: float, length: int = 256, *, cuda: bool = False, **spec: Any) -> Plan:
+    rows = Rows(
+        Tokenised(2048, lengths=array("i", [length] * 40), lines=array("q", range(40)), trained_tokens=20 * length),
+        range(40), [], None, [],
+    )  # fmt: skip
+    device = Device("bfloat16", cuda, int(free * GIGABYTE))
+    return plan.made(settle(Spec.model_validate(spec)), rows, device, memory.shape_of(SMALL))
+
+
+def layout(made: Plan) -> tuple[Any, bool, Any]:
+    return made.spec.training.batch_size, made.kept, made.spec.training.gradient_checkpointing
+
+
+def test_the_weights_of_a_shape_are_counted() -> None:
+    shape = memory.shape_of(SMALL)
+    assert shape is not None
+    assert (shape.linear, shape.embedding) == (106_168_320, 28_311_552)
+    # Of each layer r times inputs and outputs: q, k, v, o, gate, up, down.
+    assert shape.adapter(16, "all-linear") == 30 * 16 * (1152 + 768 + 768 + 1152 + 2112 + 2112 + 2112)
+    assert shape.adapter(8, ["q_proj"]) == 30 * 8 * 1152
+
+
+@pytest.mark.parametrize("config", [{}, SMALL | {"num_local_experts": 8}, {"hidden_size": 4}])
+def test_nothing_is_reckoned_for_other_models(config: dict[str, Any]) -> None:
+    assert memory.shape_of(config) is None
+
+
+def test_much_memory_takes_the_whole_step_at_once_with_weights_kept() -> None:
+    assert layout(planned(20)) == (8, True, False)
+
+
+def test_less_memory_gives_up_one_thing_after_the_other() -> None:
+    seen = [layout(planned(free)) for free in (20, 2.2, 1.2, 0.1)]
+    assert seen[0] == (8, True, False)
+    assert seen[1][2] is False
+    assert seen[1][0] < 8
+    assert seen[2][2] is True
+    # The smallest there is, even where it may not fit: the reckoning can be wrong.
+    assert seen[3] == (1, False, True)
+    sizes = [planned(free).memory_bytes or 0 for free in (20, 2.2, 1.2, 0.1)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_was_asked_for_stays() -> None:
+    made = planned(0.1, training={"batch_size": 4, "gradient_checkpointing": False})
+    assert layout(made) == (4, False, False)
+
+
+def test_a_plan_leaves_no_auto_but_the_metrics() -> None:
+    made = planned(20, cuda=True).spec.model_dump()
+    del made["evaluation"]["metrics"]
+    assert "auto" not in str(made)
+
+
+def test_steps_do_not_depend_on_the_layout() -> None:
+    assert {planned(free, training={"epochs": 2}).total_steps for free in (20, 2.2, 0.1)} == {10}

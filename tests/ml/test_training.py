@@ -10,6 +10,7 @@ import torch
 import trl.trainer.utils
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from core.errors import GraftError
 from core.hashes import sha256
@@ -106,6 +107,7 @@ def test_scoring_only_labelled_positions_changes_nothing_but_the_time(
     """trl's own way on a CPU scores every position; ours scores those with a label."""
     _, ours = train(make_run("ours", training={"max_steps": 3}))
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda _device: False)
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
     _, theirs = train(make_run("theirs", training={"max_steps": 3}))
     assert losses(ours) == pytest.approx(losses(theirs), rel=2e-3)
 

@@ -24,7 +24,7 @@ install: .venv/.installed $(MODEL) ## a .venv with the graft command, and the ba
 
 $(MODEL): | .venv/.installed
 	@echo "Preparing the base model (once) …"
-	$(BIN)/python -m worker.prepare
+	$(BIN)/python -m worker.child.prepare
 
 up: install ## start the service and keep it running
 	$(BIN)/graft up

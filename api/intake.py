@@ -8,8 +8,9 @@ from core import strict_json
 from core.control import adapters, db
 from core.control.tables import Dataset
 from core.errors import BadRequest
-from core.ml.training import config, presets
+from core.ml.training import config
 from core.ml.training.config import Spec
+from core.ml.training.spec import presets
 
 # No adapter_config.json is larger.
 _CONFIG_BYTES = 1024 * 1024

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from core.control import attempts
 from core.control.db import DatabaseUnavailable, reading
+from core.control.running import attempts
 from core.control.tables import Adapter, Dataset, Export, Job, new_id, utcnow
 from core.errors import GraftError, NotFound
 from core.hashes import describe, sha256
@@ -13,10 +13,10 @@ from core.ml import catalogue
 from core.ml.export import run as runs
 from core.ml.quantization import Quantization
 from core.ml.training.run import Source
-from worker import artifacts
+from worker.attempt import artifacts
+from worker.attempt.reports import Attempt
+from worker.attempt.supervise import patiently, see_through
 from worker.context import Context
-from worker.reports import Attempt
-from worker.supervise import patiently, see_through
 
 
 def make(context: Context, attempt: Attempt) -> bool:

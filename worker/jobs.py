@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from core import log
-from core.control import attempts
 from core.control.db import DatabaseUnavailable, Session
+from core.control.running import attempts
 from core.control.tables import Job, JobKind
 from core.errors import Fenced, GraftError
-from core.ml.training import watchdog
 from core.ml.training.config import Spec
+from core.ml.training.loop import watchdog
 from worker import export, train
+from worker.attempt.heartbeat import beating
+from worker.attempt.reports import Attempt
+from worker.attempt.supervise import patiently
 from worker.context import Context
-from worker.heartbeat import beating
-from worker.reports import Attempt
-from worker.supervise import patiently
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,13 @@ from typing import Any
 from celery import signals
 
 from core import log, settings
-from core.control import db, queue, workers
+from core.control import db, queue
+from core.control.running import workers
 from core.ml import catalogue
 from core.ml.catalogue import Catalogue
 from core.storage import Storage
-from worker import child, jobs, maintenance, probe
+from worker import jobs, maintenance, probe
+from worker.child import spawn
 from worker.context import Context
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def _start(**_: Any) -> None:
         logger.exception("worker cannot start")
         os._exit(1)
     _open.append(context)
-    child.warm_up()
+    spawn.warm_up()
     threading.Thread(target=_prepare, args=(context,), name="prepare", daemon=True).start()
     maintenance.start(context, app)
 
@@ -71,7 +73,7 @@ def _prepare(context: Context) -> None:
     """Look at the device and bring the default model's files, in a child process: the worker is up already."""
     default = catalogue.find(context.catalogue, config.default_model)
     sharded = config.trainer_processes > 1 and config.trainer_sharding == "fsdp"
-    process = child.start("prepare", default, config.trainer_processes, sharded, patience=60)
+    process = spawn.start("prepare", default, config.trainer_processes, sharded, patience=60)
     while process.exit_code is None:
         for kind, data in process.receive(1):
             if kind == "device":
@@ -98,4 +100,4 @@ def _close(**_: Any) -> None:
                 workers.leave(session, context.owner)
         except db.DatabaseUnavailable:
             logger.warning("could not sign off")
-    child.cool_down()
+    spawn.cool_down()

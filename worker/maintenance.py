@@ -10,8 +10,9 @@ import time
 
 from celery import Celery
 
-from core.control import attempts, probes, queue, workers
+from core.control import queue
 from core.control.db import DatabaseUnavailable, reading
+from core.control.running import attempts, probes, workers
 from core.control.tables import FINISHED, Job
 from core.errors import Fenced
 from worker.context import Context

@@ -7,12 +7,13 @@ import threading
 import time
 from typing import Any
 
-from core.control import probes
 from core.control.db import reading
+from core.control.running import probes
 from core.control.tables import Probe
 from core.errors import GraftError, OutOfMemory
 from core.ml.training.run import Run
-from worker import artifacts, child
+from worker.attempt import artifacts
+from worker.child import spawn
 from worker.context import Context
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def _found(context: Context, asked: Probe, seconds: float) -> dict[str, Any]:
 
 
 def _measured(context: Context, run: Run, until: float) -> dict[str, Any]:
-    trainer = child.start("probe", run, patience=_SILENCE_SECONDS)
+    trainer = spawn.start("probe", run, patience=_SILENCE_SECONDS)
     found: dict[str, Any] = {}
     try:
         while True:

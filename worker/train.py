@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.control import attempts, events
 from core.control.db import DatabaseUnavailable, Session, reading
+from core.control.running import attempts, events
 from core.control.tables import Adapter, Checkpoint, Job
 from core.ml.training.run import Run
-from worker import artifacts
+from worker.attempt import artifacts
+from worker.attempt.reports import Attempt
+from worker.attempt.supervise import patiently, see_through
 from worker.context import Context
-from worker.reports import Attempt
-from worker.supervise import patiently, see_through
 
 
 def make(context: Context, attempt: Attempt) -> bool:
@@ -98,8 +98,6 @@ def publish(
 ) -> None:
     """Store the adapter once, then insert its row and end the job, as often as the database needs."""
     job = attempt.job
-    # The last thing that was "auto": what the answers are judged by.
-    judged = job.spec["evaluation"] | {"metrics": certificate["evaluation"]["metrics"]}
     fields = artifacts.store_adapter(context, job, folder, metrics, attempt.work)
     fields["certificate"] = certificate
 
@@ -111,7 +109,6 @@ def publish(
                 job.fence,
                 context.settings.lease_seconds,
                 metrics=job.metrics | metrics,
-                spec=job.spec | {"evaluation": judged},
             )
             _certified(session, job, certificate)
             attempts.succeed(session, job.id, job.fence, Adapter(**fields))

@@ -14,8 +14,8 @@ from core.control import db, exports, jobs
 from core.control.db import AlreadyThere
 from core.control.tables import Dataset, Export, JobKind
 from core.errors import Conflict
-from core.ml.export import scripts
-from core.ml.export.recipe import Data
+from core.ml.export.scripts import written as scripts
+from core.ml.export.scripts.recipe import Data
 
 router = APIRouter(tags=["exports"], route_class=StrictRoute)
 

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Services, ServicesDep
-from core.control import db, workers
+from core.control import db
+from core.control.running import workers
 
 router = APIRouter(prefix="/health", tags=["health"])
 logger = logging.getLogger(__name__)

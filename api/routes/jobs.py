@@ -18,9 +18,10 @@ from api.deps import CallerDep, PageDep, Services, ServicesDep
 from api.requests import StrictRoute
 from api.schemas.common import Deleted, Listing
 from api.schemas.jobs import LABEL, CheckpointOut, EventOut, JobCreate, JobOut
-from core.control import datasets, db, events, jobs
+from core.control import datasets, db, jobs
 from core.control.db import AlreadyThere
 from core.control.projects import Caller
+from core.control.running import events
 from core.control.tables import FINISHED, Job, JobStatus
 from core.errors import BadRequest, Conflict
 from core.ml import catalogue

@@ -14,15 +14,17 @@ from api.requests import StrictRoute
 from api.schemas.jobs import JobCreate
 from api.schemas.preflight import MemoryOut, PreflightOut, Problem, RowsOut, TokensOut
 from api.schemas.presets import JobPreset
-from core.control import datasets, db, probes, queue, workers
+from core.control import datasets, db, queue
+from core.control.running import probes, workers
 from core.control.tables import Dataset
 from core.errors import BadRequest
 from core.ml import catalogue
 from core.ml import contract as contracts
-from core.ml.training import config, data, memory, plan
+from core.ml.training import config, data, plan
 from core.ml.training.data import Rows
 from core.ml.training.plan import Device
 from core.ml.training.run import Run, Source
+from core.ml.training.spec import memory
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 

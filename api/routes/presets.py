@@ -6,7 +6,7 @@ from api.deps import CallerDep
 from api.requests import StrictRoute
 from api.schemas.common import Listing
 from api.schemas.presets import PresetOut
-from core.ml.training import presets
+from core.ml.training.spec import presets
 
 router = APIRouter(prefix="/presets", tags=["presets"], route_class=StrictRoute)
 

@@ -16,8 +16,9 @@ from api.schemas.common import Request
 from api.schemas.presets import JobPreset
 from core.control.tables import Checkpoint, Job, JobEvent, JobKind, JobStatus
 from core.errors import BadRequest
-from core.ml.training import config, presets
+from core.ml.training import config
 from core.ml.training.config import Spec
+from core.ml.training.spec import presets
 
 # Names of metadata: what both databases can look up by.
 LABEL = r"^[\w.:/ -]+$"

@@ -5,8 +5,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from core.control.tables import Job, JobStatus
-from core.ml.training import presets
-from core.ml.training.presets import Band, Data, Mode, ModeName, Preset
+from core.ml.training.spec import presets
+from core.ml.training.spec.presets import Band, Data, Mode, ModeName, Preset
 
 
 class PresetOut(BaseModel):

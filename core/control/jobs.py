@@ -5,8 +5,9 @@ from typing import Any
 
 from sqlalchemy import and_, delete, func, or_, select, update
 
-from core.control import datasets, events
+from core.control import datasets
 from core.control.db import Session
+from core.control.running import events
 from core.control.tables import (
     FINISHED,
     Adapter,
@@ -19,7 +20,7 @@ from core.control.tables import (
     utcnow,
 )
 from core.errors import BadRequest, Conflict, NotFound
-from core.ml.training import changes as spec_changes
+from core.ml.training.spec import changes as spec_changes
 
 
 def create(

@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.main import create_app
-from core.control import workers
+from core.control.running import workers
 from core.control.tables import Adapter
 from core.hashes import describe
 from core.ml import contract

@@ -11,7 +11,7 @@ from core.control.tables import Adapter, Export, JobKind, new_id
 from core.hashes import describe
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.control import rows
-from worker import artifacts
+from worker.attempt import artifacts
 
 
 @pytest.fixture

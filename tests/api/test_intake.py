@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from core.control import attempts
+from core.control.running import attempts
 from core.control.tables import Job
-from core.ml.training import presets
+from core.ml.training.spec import presets
 from tests import tiny
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.control import rows

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import redis
 
-from core.control import attempts, events, jobs
+from core.control import jobs
+from core.control.running import attempts, events
 from core.control.tables import Asked
 from core.errors import GraftError
 from tests import tiny

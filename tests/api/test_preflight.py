@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from core.control import probes, workers
+from core.control.running import probes, workers
 from core.control.tables import Probe
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.control import rows

@@ -3,8 +3,9 @@
 import time
 from typing import Any
 
-from core.control import attempts, datasets, jobs, projects
+from core.control import datasets, jobs, projects
 from core.control.db import Sessions
+from core.control.running import attempts
 from core.control.tables import Adapter, Dataset, Export, Job, new_id, utcnow
 
 SPEC: dict[str, Any] = {"seed": 42, "evaluation": {}, "validation": None}

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import func, inspect, select, update
 
-from core.control import attempts, events, jobs
+from core.control import jobs
 from core.control.db import Session, Sessions, now_epoch
+from core.control.running import attempts, events
 from core.control.tables import Adapter, Job, JobEvent, JobStatus
 from core.errors import Fenced, GraftError
 from tests.control import rows

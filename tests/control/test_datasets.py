@@ -2,8 +2,9 @@ from typing import Any
 
 import pytest
 
-from core.control import adapters, attempts, datasets, jobs
+from core.control import adapters, datasets, jobs
 from core.control.db import Sessions
+from core.control.running import attempts
 from core.control.tables import Dataset
 from core.errors import Conflict, GraftError, NotFound
 from core.ml.formats.files.rows import Limits

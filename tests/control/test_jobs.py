@@ -7,8 +7,9 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 
-from core.control import attempts, datasets, events, jobs
+from core.control import datasets, jobs
 from core.control.db import Sessions
+from core.control.running import attempts, events
 from core.control.tables import (
     Adapter,
     Asked,

@@ -1,7 +1,7 @@
 """Questions to a worker and their answers."""
 
-from core.control import probes, workers
 from core.control.db import Sessions
+from core.control.running import probes, workers
 from core.control.tables import Probe
 from tests.control import rows
 

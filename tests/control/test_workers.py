@@ -10,14 +10,15 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import select, update
 
-from core.control import workers
 from core.control.db import Sessions, now_epoch
+from core.control.running import workers
 from core.control.tables import Worker
 from tests.control import rows
 
 REGISTER = """
 import sys
-from core.control import db, workers
+from core.control import db
+from core.control.running import workers
 sessions = db.connect(sys.argv[1])
 with sessions.begin() as session:
     print(workers.register(session, 2), flush=True)

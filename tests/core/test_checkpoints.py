@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from core.ml.training import checkpoints
+from core.ml.training.files import checkpoints
 
 
 @pytest.fixture

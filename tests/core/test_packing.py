@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.ml.training.packing import packed, packs
+from core.ml.training.speed.packing import packed, packs
 
 
 @given(st.lists(st.integers(1, 40), max_size=60))

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from core.ml.training import memory, plan
+from core.ml.training import plan
 from core.ml.training.config import Spec, settle
 from core.ml.training.data import Rows, Tokenised
 from core.ml.training.plan import Device, Plan
+from core.ml.training.spec import memory
 
 GIGABYTE = 10**9
 SMALL = {
@@ -70,9 +71,8 @@ def test_what_was_asked_for_stays() -> None:
     assert layout(made) == (4, False, False)
 
 
-def test_a_plan_leaves_no_auto_but_the_metrics() -> None:
+def test_a_plan_leaves_no_auto() -> None:
     made = planned(20, cuda=True).spec.model_dump()
-    del made["evaluation"]["metrics"]
     assert "auto" not in str(made)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from core.errors import BadRequest
-from core.ml.training import presets
 from core.ml.training.config import Spec, settle
+from core.ml.training.spec import presets
 from tests.conftest import ROOT
 
 ZEPHYR = presets.find("zephyr_7b_sft")

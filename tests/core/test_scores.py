@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.ml.proof import scores, sql
-from core.ml.proof.scores import Row
+from core.ml.scores import choice, sql
+from core.ml.scores import metrics as scores
+from core.ml.scores.choice import Row
 
 CLUBS = "Answer with SQL.\nCREATE TABLE clubs (id INTEGER PRIMARY KEY, name VARCHAR, points INTEGER, rate DECIMAL(5, 2))"
 CITIES = "CREATE TABLE people (id INTEGER, city_id INTEGER, age INTEGER); CREATE TABLE cities (id INTEGER, name TEXT)"
 
 
-def scored(metric: scores.Metric, pairs: list[tuple[str, str]], prompt: str = "") -> dict[str, float]:
+def scored(metric: choice.Metric, pairs: list[tuple[str, str]], prompt: str = "") -> dict[str, float]:
     """The scores of these (expected, answered) texts; the base answers nothing."""
     rows = [Row(prompt, expected) for expected, _ in pairs]
     found = scores.compare(metric, rows, [""] * len(rows), [answer for _, answer in pairs])
@@ -133,15 +134,15 @@ def test_metrics_are_chosen_by_the_data() -> None:
     fields = [Row("Extract.", json.dumps({"n": n})) for n in range(20)]
     short = [Row("Capital?", f"City {n}") for n in range(20)]
     free = [Row("Tell.", "word " * n) for n in range(1, 21)]
-    assert [scores.chosen(rows)[0] for rows in (query, label, fields, short, free)] == [
+    assert [choice.chosen(rows)[0] for rows in (query, label, fields, short, free)] == [
         "sql_execution",
         "label_accuracy",
         "json_validity",
         "rouge",
         "rouge",
     ]
-    assert ("exact_match" in scores.chosen(short), "exact_match" in scores.chosen(free)) == (True, False)
-    assert scores.chosen([]) == []
+    assert ("exact_match" in choice.chosen(short), "exact_match" in choice.chosen(free)) == (True, False)
+    assert choice.chosen([]) == []
 
 
 def test_the_interval_is_paired_and_always_the_same() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from core.ml.export import scripts
-from core.ml.export.recipe import Data
+from core.ml.export.scripts import written as scripts
+from core.ml.export.scripts.recipe import Data
 from core.ml.formats import validate
 from core.ml.formats.chat.example import Conversation
 from core.ml.formats.validate import Reading

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from core.errors import BadRequest
-from core.ml.training import changes, config
+from core.ml.training import config
 from core.ml.training.config import Spec
+from core.ml.training.spec import changes
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from core.errors import GraftError, OutOfMemory
-from core.ml.training import watchdog
 from core.ml.training.config import Spec, settle
-from core.ml.training.watchdog import Again
+from core.ml.training.loop import watchdog
+from core.ml.training.loop.watchdog import Again
 
 
 def logs(*losses: float, grad_norm: float = 1.0, accuracy: float = 0.5) -> list[dict[str, float]]:

@@ -38,7 +38,7 @@ def models_dir() -> Path:
 def service(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("real") / "home"
     subprocess.run(
-        [sys.executable, "-m", "worker.prepare"],
+        [sys.executable, "-m", "worker.child.prepare"],
         check=True,
         env=os.environ | {"GRAFT_MODELS_DIR": str(models_dir)},
     )

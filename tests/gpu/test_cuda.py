@@ -18,7 +18,7 @@ from core.ml.inference.engine import Engine, Sampling
 from core.ml.quantization import Quantization
 from core.ml.training import sft
 from tests.gpu.runs import MODEL, ROOT, catalogue_in, run
-from worker import child
+from worker.child import spawn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,10 +91,10 @@ def test_the_engine_answers_on_cuda_with_the_adapter(models: Catalogue, trained:
 
 def test_trainers_of_the_fork_server_reach_the_device(models: Catalogue, tmp_path: Path) -> None:
     """CUDA must not be open in the server, or its children cannot use it; two of them, one after the other."""
-    child.warm_up()
+    spawn.warm_up()
     for number in range(2):
         posted = time.monotonic()
-        trainer = child.start("train", run(models, tmp_path / str(number), 3), "job", patience=60)
+        trainer = spawn.start("train", run(models, tmp_path / str(number), 3), "job", patience=60)
         reports: list[tuple[str, dict[str, Any]]] = []
         ended, news = False, []
         while not ended or news:
@@ -106,4 +106,4 @@ def test_trainers_of_the_fork_server_reach_the_device(models: Catalogue, tmp_pat
                 print(f"\nchild {number}: first step {time.monotonic() - posted:.2f} s after its start")
         assert any(kind == "done" for kind, _ in reports), reports[-1]
         trainer.close()
-    child.cool_down()
+    spawn.cool_down()

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from transformers.utils import is_flash_attn_2_available
 
 from core.ml.catalogue import Catalogue
-from core.ml.training import assembly, attention, sft
+from core.ml.training import assembly, sft
 from core.ml.training.run import Run
+from core.ml.training.speed import attention
 from tests.gpu.runs import catalogue_in, run
 from tests.ml.runs import losses, notes, saved, series, train
 

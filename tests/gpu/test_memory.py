@@ -11,14 +11,15 @@ import torch
 
 from bench import gpu, random_model
 from core.ml.catalogue import Catalogue
-from core.ml.training import changes, sft
+from core.ml.training import sft
 from core.ml.training.config import Spec
+from core.ml.training.loop.watchdog import Again
 from core.ml.training.probe import measure
 from core.ml.training.run import Run
-from core.ml.training.watchdog import Again
+from core.ml.training.spec import changes
 from tests.gpu.runs import GIGABYTE, at_most, catalogue_in, let_go, run
 from tests.ml.runs import Reports, losses, train
-from worker import child
+from worker.child import spawn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,9 +78,9 @@ def test_a_probe_without_memory_says_so(models: Catalogue, tmp_path: Path) -> No
 
 def test_a_probe_measures_what_the_run_then_takes(models: Catalogue, tmp_path: Path) -> None:
     training = {"effective_batch_size": 16, "batch_size": 16}
-    child.warm_up()
+    spawn.warm_up()
     try:
-        probe = child.start("probe", run(models, tmp_path / "probe", 30, training=training), patience=120)
+        probe = spawn.start("probe", run(models, tmp_path / "probe", 30, training=training), patience=120)
         reports: Reports = []
         while not reports or reports[-1][0] not in ("measured", "error"):
             reports += probe.receive(0.5)
@@ -87,7 +88,7 @@ def test_a_probe_measures_what_the_run_then_takes(models: Catalogue, tmp_path: P
             probe.tell("beat")
         probe.close()
     finally:
-        child.cool_down()
+        spawn.cool_down()
     (measured,) = [data for kind, data in reports if kind == "measured"]
     assert not list((tmp_path / "probe").rglob("checkpoint-*"))
     let_go()

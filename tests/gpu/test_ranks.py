@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from core.ml.training.run import Run
 from tests.gpu.runs import catalogue_in, run
 from tests.ml.runs import Reports, saved, series
-from worker import child
+from worker.child import spawn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,14 +28,14 @@ SPEC: dict[str, Any] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _warm() -> Iterator[None]:
-    child.warm_up()
+    spawn.warm_up()
     yield
-    child.cool_down()
+    spawn.cool_down()
 
 
 def trained(given: Run) -> Reports:
     """All reports, from the process that a worker would start."""
-    process = child.start("train", given, "job", patience=60)
+    process = spawn.start("train", given, "job", patience=60)
     reports: Reports = []
     try:
         while process.exit_code is None or (news := process.receive(0)):

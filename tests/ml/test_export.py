@@ -25,9 +25,11 @@ from transformers import (
 from core.errors import GraftError
 from core.ml import base_model, contract, prompts
 from core.ml.catalogue import BaseModel
-from core.ml.export import files, gguf, merge, ollama, parity, scripts, vocabulary
-from core.ml.export.recipe import Data
+from core.ml.export import files, merge, parity
+from core.ml.export.gguf import convert, ollama, vocabulary
 from core.ml.export.run import Export
+from core.ml.export.scripts import written as scripts
+from core.ml.export.scripts.recipe import Data
 from core.ml.formats.validate import Reading
 from core.ml.quantization import Quantization
 from core.ml.training.run import Source
@@ -225,8 +227,8 @@ def test_rows_of_queries_that_do_not_change_places_are_found_out(
 ) -> None:
     """The check of the written file is one that can fail."""
     adapter = make_adapter(base, tmp_path / "adapter")
-    right = gguf._content
-    monkeypatch.setattr(gguf, "_content", lambda name, *rest: right(name.replace("attn_q", "x"), *rest))
+    right = convert._content
+    monkeypatch.setattr(convert, "_content", lambda name, *rest: right(name.replace("attn_q", "x"), *rest))
     with pytest.raises(GraftError, match="are not the merged model") as raised:
         export("gguf", base, adapter)
     assert raised.value.code == "export_broken"
@@ -249,7 +251,7 @@ def test_what_cannot_be_written_as_gguf_is_refused_with_the_reason(
         {"gpt_neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM"}[kind]
     ]
     with pytest.raises(GraftError, match=reason) as raised:
-        gguf.check(config)
+        convert.check(config)
     assert raised.value.code == "gguf_not_supported"
 
 

@@ -10,7 +10,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from core.ml import base_model, catalogue
 from core.ml.catalogue import BaseModel, Catalogue
 from core.ml.quantization import Quantization
-from core.ml.training import assembly, config, documents, fast
+from core.ml.training import assembly, config
+from core.ml.training.speed import documents, layers
 from tests import tiny
 
 
@@ -49,7 +50,7 @@ def test_the_fused_layers_give_the_logits_and_gradients_of_pefts(
     model: BaseModel, lora: dict[str, Any]
 ) -> None:
     plain, fused = (with_lora(loaded(model, 16), **lora) for _ in range(2))
-    fast.fuse(fused)
+    layers.fuse(fused)
     torch.testing.assert_close(fused(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-6)
     expected, got = gradients(plain, IDS), gradients(fused, IDS)
     assert expected.keys() == got.keys()
@@ -62,7 +63,7 @@ def test_a_fused_layer_sees_new_weights_and_a_disabled_adapter(model: BaseModel)
     base = loaded(model, 16)
     alone = base(IDS).logits
     fused = with_lora(base)
-    fast.fuse(fused)
+    layers.fuse(fused)
     before = fused(IDS).logits
     with torch.no_grad():
         next(p for name, p in fused.named_parameters() if "lora_A" in name).mul_(2)
@@ -74,7 +75,7 @@ def test_a_fused_layer_sees_new_weights_and_a_disabled_adapter(model: BaseModel)
 @pytest.mark.parametrize("lora", [{"dropout": 0.5}, {"use_dora": True}])
 def test_what_the_fused_layers_cannot_do_stays_with_peft(model: BaseModel, lora: dict[str, Any]) -> None:
     plain, fused = (with_lora(loaded(model, 16), **lora) for _ in range(2))
-    fast.fuse(fused)
+    layers.fuse(fused)
     results = []
     for adapted in (plain, fused):
         torch.manual_seed(3)
@@ -84,11 +85,11 @@ def test_what_the_fused_layers_cannot_do_stays_with_peft(model: BaseModel, lora:
 
 def test_kept_weights_have_the_values_of_the_four_bits(model: BaseModel) -> None:
     packed, kept = loaded(model, 4), loaded(model, 4)
-    fast.keep_dequantised(kept)
+    layers.keep_dequantised(kept)
     assert not any("4bit" in type(module).__name__ for module in kept.modules())
     torch.testing.assert_close(kept(IDS).logits, packed(IDS).logits, rtol=1e-5, atol=1e-6)
     adapted = with_lora(kept)
-    fast.fuse(adapted)
+    layers.fuse(adapted)
     expected = gradients(with_lora(packed), IDS)
     for name, gradient in gradients(adapted, IDS).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)

@@ -24,7 +24,7 @@ from core.ml.training import data
 from core.ml.training.run import Run
 from tests import tiny
 from tests.ml import runs
-from worker import trainer
+from worker.child import trainer
 
 Made = tuple[Run, Path, dict[str, float]]
 WEIGHTS = "adapter_model.safetensors"

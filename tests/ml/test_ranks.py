@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import allclose
 
 from core.errors import BadRequest
-from core.ml.training import checkpoints, plan
+from core.ml.training import plan
 from core.ml.training.config import Spec, settle
+from core.ml.training.files import checkpoints
 from core.ml.training.run import Run
 from tests.ml import runs
 from tests.ml.runs import MakeRun, Reports, saved, series
-from worker import child, trainer
+from worker.child import spawn, trainer
 
 # Ten rows in an epoch of three steps: the last one is half a step, and one rank has no row left.
 PRECISE: dict[str, Any] = {
@@ -42,12 +43,12 @@ def in_two(run: Run) -> Run:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[Run], child.Child]]:
-    started: list[child.Child] = []
+def start() -> Iterator[Callable[[Run], spawn.Child]]:
+    started: list[spawn.Child] = []
 
-    def begin(run: Run) -> child.Child:
-        child.warm_up()
-        started.append(child.start("train", run, "job", patience=60))
+    def begin(run: Run) -> spawn.Child:
+        spawn.warm_up()
+        started.append(spawn.start("train", run, "job", patience=60))
         return started[-1]
 
     yield begin
@@ -55,7 +56,7 @@ def start() -> Iterator[Callable[[Run], child.Child]]:
         process.close()
 
 
-def watched(process: child.Child, on_step: Callable[[int], None]) -> Reports:
+def watched(process: spawn.Child, on_step: Callable[[int], None]) -> Reports:
     """All reports of a trainer; `on_step` is told of every step it has made."""
     reports: Reports = []
     until = time.monotonic() + 120
@@ -97,7 +98,7 @@ def test_two_processes_give_the_losses_and_the_adapter_of_one(few: MakeRun) -> N
 
 
 def test_two_processes_stop_resume_and_end_together(
-    few: MakeRun, start: Callable[[Run], child.Child]
+    few: MakeRun, start: Callable[[Run], spawn.Child]
 ) -> None:
     _, whole = runs.train(few("one", **NF4))
     expected = series(whole, "loss")
@@ -115,7 +116,7 @@ def test_two_processes_stop_resume_and_end_together(
     def kill_one(at: int) -> None:
         if at == step + 4:
             family.extend(psutil.Process(second.process.pid).children(recursive=True))
-            ranks = [one for one in family if one.cmdline()[-2:] == ["-m", "worker.rank"]]
+            ranks = [one for one in family if one.cmdline()[-2:] == ["-m", "worker.child.rank"]]
             assert len(ranks) == 2
             ranks[1].send_signal(signal.SIGKILL)
 

@@ -3,7 +3,7 @@
 import torch
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from core.ml.training.scoring import Scoring
+from core.ml.training.speed.scoring import Scoring
 
 PLAIN = (1.0, 64, None, 1.0, ("log_probs", "entropy", "is_top1"))
 

@@ -170,7 +170,6 @@ def test_every_kind_of_spec_trains(make_run: Callable[..., Run], spec: dict[str,
     result, reports = train(make_run(**spec))
     plan = next(data for kind, data in reports if kind == "plan")
     assert result.adapter is not None
-    del plan["spec"]["evaluation"]["metrics"]  # the answers are judged later
     assert '"auto"' not in json.dumps(plan["spec"])
     assert len(losses(reports)) == plan["total_steps"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from core.ml.formats.validate import Reading
-from core.ml.training import samples
+from core.ml.training.loop import samples
 from core.ml.training.run import Source
 from tests.ml import runs
 from tests.ml.runs import MakeRun, Reports, adapter, notes, saved, series, train

@@ -11,10 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from core.errors import GraftError, OutOfMemory
 from core.ml.training import sft
+from core.ml.training.loop.watchdog import Again
 from core.ml.training.run import Run
-from core.ml.training.watchdog import Again
 from tests.ml.runs import MakeRun, Reports, adapter, losses, notes, saved, series, train
-from worker import trainer
+from worker.child import trainer
 
 Spoil = Callable[[int, int, Any], Any]
 

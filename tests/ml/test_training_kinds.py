@@ -16,10 +16,12 @@ from core.ml import base_model
 from core.ml import contract as contracts
 from core.ml.catalogue import BaseModel
 from core.ml.quantization import Quantization
-from core.ml.training import assembly, attention, config, data, plan, saving
+from core.ml.training import assembly, config, data, plan
 from core.ml.training.config import Spec
+from core.ml.training.files import saving
+from core.ml.training.loop.trainer import Trainer
 from core.ml.training.run import Run
-from core.ml.training.trainer import Trainer
+from core.ml.training.speed import attention
 from tests.ml.runs import MakeRun, adapter, losses, saved, train
 
 PISSA: dict[str, Any] = {

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from core.control import attempts, exports
+from core.control import exports
+from core.control.running import attempts
 from core.control.tables import Adapter, Export, JobStatus
 from core.errors import Fenced, GraftError, NotFound
 from core.hashes import describe
 from tests.control import rows
 from worker import export
+from worker.attempt.reports import Attempt
 from worker.context import Context
-from worker.reports import Attempt
 
 
 @pytest.fixture

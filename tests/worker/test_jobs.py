@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 
-from core.control import attempts, events
 from core.control import jobs as control
+from core.control.running import attempts, events
 from core.control.tables import Job, JobStatus
 from core.errors import GraftError, NotFound
 from core.hashes import describe
 from core.ml.training import config
 from core.ml.training.config import Spec
 from tests.control import rows
-from worker import artifacts, jobs
+from worker import jobs
+from worker.attempt import artifacts
+from worker.attempt.reports import Attempt
 from worker.context import Context
-from worker.reports import Attempt
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from core.control import attempts, probes
+from core.control.running import attempts, probes
 from core.control.tables import Dataset, Probe
 from core.hashes import sha256
 from core.ml.training import config

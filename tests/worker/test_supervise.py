@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from core.control import events
 from core.control import jobs as control
+from core.control.running import events
 from core.control.tables import Adapter, Job, JobStatus
 from core.ml.training import config
 from core.ml.training.config import Spec
 from tests.control import rows
-from worker import child, jobs, train
+from worker import jobs, train
+from worker.child import spawn
 from worker.context import Context
 
 CERTIFICATE = {
@@ -65,7 +66,7 @@ def play(monkeypatch: pytest.MonkeyPatch, context: Context, **children: Played) 
         started.append((function, *args))
         return children[function]
 
-    monkeypatch.setattr(child, "start", start)
+    monkeypatch.setattr(spawn, "start", start)
     folder = context.settings.home / "adapter"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"weights")

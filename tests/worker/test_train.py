@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from core.control import attempts, events, jobs
+from core.control import jobs
 from core.control.db import Session, Sessions
+from core.control.running import attempts, events
 from core.control.tables import Adapter, Job, JobStatus
 from core.errors import Fenced
 from core.hashes import describe
 from tests.control import rows
-from worker import reports, train
+from worker import train
+from worker.attempt import reports
+from worker.attempt.reports import Attempt
 from worker.context import Context
-from worker.reports import Attempt
 
 CERTIFICATE: dict[str, Any] = {
     "version": 1,

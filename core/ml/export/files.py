@@ -12,7 +12,8 @@ import torch
 from core.errors import GraftError
 from core.ml import base_model
 from core.ml import contract as contracts
-from core.ml.export import gguf, merge, ollama, parity, vocabulary
+from core.ml.export import merge, parity
+from core.ml.export.gguf import convert, ollama, vocabulary
 from core.ml.export.parity import Look
 from core.ml.export.run import Export
 from core.ml.prompts import Contract, Encoded
@@ -49,7 +50,7 @@ def export(run: Export, report: Report, stop: Callable[[], bool]) -> Result:
     report("phase", phase="loading_model")
     model = merge.with_adapter(run.model, run.adapter)
     if run.format == "gguf":
-        gguf.check(model.config)
+        convert.check(model.config)
     adapter = parity.look(model, contract, samples)
     if stop():
         return Result(None, {})
@@ -102,7 +103,7 @@ def _write(run: Export, merged: Any, contract: Contract, folder: Path) -> dict[s
         merge.save(merged, contract, folder)
         return {}
     file = folder / f"{_file_name(run.model.name)}-{_TYPE_NAMES[merged.dtype]}.gguf"
-    gguf.write(merged, contract, run.name, file)
+    convert.write(merged, contract, run.name, file)
     starts = vocabulary.adds_start(contract)
     text, template = ollama.modelfile(contract, file.name, adds_start=starts)
     (folder / "Modelfile").write_text(text)
@@ -123,8 +124,8 @@ def _loaded_again(
     facts: dict[str, Any] = {}
     if run.format == "gguf":
         file = next(folder.glob("*.gguf"))
-        model = gguf.load(file)
-        facts["tokens_equal"] = gguf.reads_the_same(file, contract, samples)
+        model = convert.load(file)
+        facts["tokens_equal"] = convert.reads_the_same(file, contract, samples)
     else:
         model = base_model.load_plain(folder)
         facts["tokens_equal"] = contracts.load(folder).template_sha256 == contract.template_sha256

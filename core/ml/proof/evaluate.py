@@ -18,13 +18,14 @@ from peft import PeftModel
 
 from core.ml import catalogue
 from core.ml.prompts import Contract
-from core.ml.proof import questions, scores
+from core.ml.proof import questions
 from core.ml.proof.answers import Answer, Tick, most_new
 from core.ml.proof.measure import Asked, Losses, measure
 from core.ml.proof.questions import Question
-from core.ml.proof.scores import Row, Scored
+from core.ml.scores import metrics as scores
+from core.ml.scores.metrics import Scored
 from core.ml.training import plan
-from core.ml.training.config import Metric, Spec
+from core.ml.training.config import Spec
 from core.ml.training.data import LabelledIds, Rows
 from core.ml.training.run import Run
 
@@ -50,8 +51,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`kept` are the places of validation rows in the losses that prove something; `passes` over the training rows;
-    `metrics` what "auto" became."""
+    """`kept` are the places of validation rows in the losses that prove something; `passes` over the training rows."""
 
     base: Side
     adapter: Side
@@ -59,7 +59,6 @@ class Evaluation:
     passes: float
     scores: list[Scored]
     valid: int
-    metrics: list[Metric]
 
     @property
     def check_loss(self) -> float:
@@ -90,7 +89,6 @@ class Evaluation:
             "base": _measured(self.base.losses, self.kept),
             "adapter": _measured(self.adapter.losses, self.kept),
             "loss": self.loss.as_dict() if self.loss else None,
-            "metrics": self.metrics,
             "scores": {scored.name: scored.as_dict() for scored in self.scores},
             "stop_rate": self.stop_rate,
             "answers": len(self.adapter.answers),
@@ -125,11 +123,10 @@ def evaluate(
     places = range(max(spec.evaluation.rows, CHECKED))
     lines, examples = _first(rows, len(places))
     kept = _kept(rows, lines[: spec.evaluation.rows])
-    known = questions.training(run, rows, contract)
     if kept:
         asked = questions.validation(run, rows, contract, [lines[place] for place in kept])
     else:
-        asked = {line: known[line] for line in lines[:CHECKED] if line in known}
+        asked = questions.training(run, rows, contract, CHECKED)
     fitting, limit = _fitting(dict(zip(lines, examples, strict=True)), asked, catalogue.context(run.model))
     trained_rows = plan.trained_rows(spec, rows)
     passes = plan.total_steps(spec, trained_rows) * spec.training.effective_batch_size / trained_rows
@@ -147,12 +144,12 @@ def evaluate(
 
     base, adapter = side(base=True), side(base=False)
     rows_asked = [fitting[line].row for line in lines if line in fitting]
-    known_rows = [question.row for question in known.values()]
-    metrics = _metrics(spec, rows_asked, known_rows) if kept else []
+    assert spec.evaluation.metrics != "auto"  # noqa: S101 - for the type checker
+    metrics = spec.evaluation.metrics if rows_asked and kept else []
     texts = [[answer.text for answer in side.answers] for side in (base, adapter)]
     scored = [one for metric in metrics for one in scores.compare(metric, rows_asked, *texts)]
     tick()
-    return Evaluation(base, adapter, kept, passes, scored, rows.valid_count, metrics)
+    return Evaluation(base, adapter, kept, passes, scored, rows.valid_count)
 
 
 def _first(rows: Rows, count: int) -> tuple[list[int], list[LabelledIds]]:
@@ -189,14 +186,6 @@ def _fitting(
         and len(examples[line]["input_ids"]) + limit <= context
     }
     return fitting, limit
-
-
-def _metrics(spec: Spec, rows: list[Row], known: list[Row]) -> list[Metric]:
-    """What is taken of the answers to `rows`; `known` ones help to tell what kind they are."""
-    if not rows:
-        return []
-    asked = spec.evaluation.metrics
-    return scores.chosen([*rows, *known]) if asked == "auto" else asked
 
 
 def verdict(found: Evaluation) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from core.errors import GraftError
 from core.ml import base_model
 from core.ml.base_model import Precision
 from core.ml.catalogue import BaseModel
-from core.ml.training import fast
+from core.ml.training.speed import layers
 
 _HALF = 2
 # Room beside the unpacked weights: activations, keys and values, the adapter.
@@ -64,7 +64,7 @@ def _settle(base: Any) -> None:
     packed = [module for module in base.modules() if isinstance(module, Linear4bit)]
     unpacked = _HALF * sum(module.in_features * module.out_features for module in packed)
     if _ROOM * unpacked < psutil.virtual_memory().available:
-        fast.keep_dequantised(base)
+        layers.keep_dequantised(base)
         return
     for module in packed:
         module.support_avx512bf16_for_cpu = False

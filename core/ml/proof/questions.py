@@ -9,12 +9,9 @@ from core.ml import prompts
 from core.ml.formats import validate
 from core.ml.formats.chat.example import Conversation
 from core.ml.prompts import Contract, Encoded
-from core.ml.proof.scores import Row
+from core.ml.scores.choice import Row
 from core.ml.training.data import Rows
 from core.ml.training.run import Run, Source
-
-# Training rows that help to tell what kind of answers these are: a few validation rows do not show every label.
-_KNOWN = 500
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ def validation(run: Run, rows: Rows, contract: Contract, lines: Sequence[int]) -
     return _asked(run.train, lines, contract, rows.data.limit)
 
 
-def training(run: Run, rows: Rows, contract: Contract, count: int = _KNOWN) -> dict[int, Question]:
+def training(run: Run, rows: Rows, contract: Contract, count: int) -> dict[int, Question]:
     """The first `count` training rows, by their lines; not those without an answer."""
     lines = [rows.data.lines[place] for place in rows.train[:count]]
     return _asked(run.train, lines, contract, rows.data.limit)

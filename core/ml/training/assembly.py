@@ -17,11 +17,12 @@ from core.ml import base_model
 from core.ml.base_model import Precision
 from core.ml.catalogue import BaseModel
 from core.ml.prompts import Contract
-from core.ml.training import attention, documents, fast, packing, ranks, scoring
+from core.ml.training import ranks
 from core.ml.training.config import Spec
 from core.ml.training.data import Rows
+from core.ml.training.loop.trainer import Trainer
 from core.ml.training.plan import Device, Plan
-from core.ml.training.trainer import Trainer
+from core.ml.training.speed import attention, documents, layers, packing, scoring
 
 scoring.install()
 
@@ -56,12 +57,12 @@ def loaded(model: BaseModel, precision: Precision, plan: Plan) -> PeftModel:
     """
     base = base_model.load(model, precision)
     if plan.kept:
-        fast.keep_dequantised(base)
+        layers.keep_dequantised(base)
     if base_model.device().type == "cpu":
         documents.attend_one_by_one(base)
     adapted = with_adapter(base, plan.spec)
     if not precision.sharded:  # its products are of whole weights
-        fast.fuse(adapted)
+        layers.fuse(adapted)
     return adapted
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from core.ml.quantization import Part, Quantization
+from core.ml.scores.choice import Metric
 
 Auto = Literal["auto"]
 
@@ -18,7 +19,6 @@ _MODULE = re.compile(r"[A-Za-z0-9_]{1,64}")
 
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
-Metric = Literal["exact_match", "label_accuracy", "json_validity", "sql_execution", "rouge"]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=8000)]
 
 

@@ -16,14 +16,17 @@ import numpy as np
 from core.errors import BadRequest, GraftError
 from core.ml import prompts
 from core.ml.formats import validate
-from core.ml.formats.chat.example import Example
+from core.ml.formats.chat.example import Conversation, Example
 from core.ml.prompts import Contract, Encoded, LossOn
+from core.ml.scores.choice import Row
 from core.ml.training.config import Training
 from core.ml.training.run import Run, Source
 
 # What a job of unknown length gets at most; longer rows need an explicit max_length.
 AUTO_LENGTH = 2048
 _IGNORED = -100
+# Enough to tell what kind of answers these are, and to see most labels.
+_ANSWERS = 500
 _NAMED = 10
 _VALIDATION = "In the validation data set"
 
@@ -36,7 +39,7 @@ class Tokenised:
     row and of its prompt: equal rows have equal keys.
 
     `dropped` are the lines left out as too long, `truncated` those whose prompt was cut. `texts` says that
-    the rows are plain texts without turns.
+    the rows are plain texts without turns. `answers` are the last ones of the first 500 conversations.
     """
 
     limit: int
@@ -50,6 +53,7 @@ class Tokenised:
     unfinished: list[int] = field(default_factory=list)
     trained_tokens: int = 0
     texts: bool = False
+    answers: list[Row] = field(default_factory=list)
 
     @property
     def longest(self) -> int:
@@ -195,7 +199,10 @@ def _encoded(
                 if time.monotonic() > until:
                     raise TimeoutError
                 lines.append(line)
-                made.texts = made.texts or isinstance(example, str)
+                if isinstance(example, str):
+                    made.texts = True
+                elif len(made.answers) < _ANSWERS and (answer := _answer(example)) is not None:
+                    made.answers.append(answer)
                 yield example
 
     for encoded in prompts.encode_all(contract, examples(), loss_on=loss_on):
@@ -203,6 +210,16 @@ def _encoded(
         if isinstance(encoded, BadRequest):
             raise encoded.within(f"Line {line}") from encoded
         yield line, encoded
+
+
+def _answer(conversation: Conversation) -> Row | None:
+    """Its last answer that is trained and has words, and what stands before it."""
+    turns = conversation.turns
+    for place in range(len(turns) - 1, -1, -1):
+        turn = turns[place]
+        if turn["role"] == "assistant" and place not in conversation.untrained and turn["content"]:
+            return Row("\n".join(before["content"] for before in turns[:place]), turn["content"])
+    return None
 
 
 def _fit(

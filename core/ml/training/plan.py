@@ -7,10 +7,12 @@ from itertools import product
 from typing import Any, Literal
 
 from core.errors import BadRequest
-from core.ml.training import memory, packing, support
-from core.ml.training.config import Spec, Training
+from core.ml.scores import choice
+from core.ml.training.config import Evaluation, Spec, Training
 from core.ml.training.data import Rows
-from core.ml.training.memory import Shape
+from core.ml.training.spec import memory, support
+from core.ml.training.spec.memory import Shape
+from core.ml.training.speed import packing
 
 # Line numbers that are named of each kind.
 _LISTED = 100
@@ -178,15 +180,19 @@ def resolved(spec: Spec, rows: Rows) -> Spec:
     every = spec.checkpoints.every_steps
     if every == "auto":
         every = min(max(total_steps(spec, count) // 5, 1), 50)
-    evaluate = spec.evaluation.every_steps
-    if evaluate == "auto":
-        evaluate = _evaluation_interval(spec, count) if rows.valid_count else None
-    return spec.model_copy(
-        update={
-            "evaluation": spec.evaluation.model_copy(update={"every_steps": evaluate}),
-            "checkpoints": spec.checkpoints.model_copy(update={"every_steps": every}),
-        }
-    )
+    checkpoints = spec.checkpoints.model_copy(update={"every_steps": every})
+    return spec.model_copy(update={"evaluation": _evaluation(spec, rows, count), "checkpoints": checkpoints})
+
+
+def _evaluation(spec: Spec, rows: Rows, count: int) -> Evaluation:
+    """When it is evaluated, and by which metrics; `count` are the training rows as they are fed."""
+    asked = spec.evaluation
+    every, metrics = asked.every_steps, asked.metrics
+    if every == "auto":
+        every = _evaluation_interval(spec, count) if rows.valid_count else None
+    if metrics == "auto":
+        metrics = choice.chosen(rows.data.answers) if rows.valid_count else []
+    return asked.model_copy(update={"every_steps": every, "metrics": metrics})
 
 
 def _evaluation_interval(spec: Spec, rows: int) -> int:

@@ -12,9 +12,10 @@ from transformers import TrainerCallback
 
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
-from core.ml.training import assembly, memory, plan
+from core.ml.training import assembly, plan
 from core.ml.training.data import checked_rows
 from core.ml.training.run import Run
+from core.ml.training.spec import memory
 
 _USUAL_STEPS = 2
 

@@ -14,14 +14,17 @@ from transformers import TrainerState
 
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
-from core.ml.training import assembly, guard, memory, plan, ranks, samples, saving, watchdog
+from core.ml.training import assembly, plan, ranks
 from core.ml.training.config import Spec
 from core.ml.training.data import Rows, checked_rows
-from core.ml.training.progress import Progress
-from core.ml.training.reporter import Report, Reporter
+from core.ml.training.files import saving
+from core.ml.training.loop import guard, samples, watchdog
+from core.ml.training.loop.progress import Progress
+from core.ml.training.loop.reporter import Report, Reporter
+from core.ml.training.loop.samples import Sampler
+from core.ml.training.loop.trainer import Trainer
 from core.ml.training.run import Run
-from core.ml.training.samples import Sampler
-from core.ml.training.trainer import Trainer
+from core.ml.training.spec import memory
 
 # What `check_loss` is measured on: so few rows that whoever loads the files anew can measure it again.
 _CHECKED_ROWS = 16

@@ -1,0 +1,152 @@
+"""A training job as a script or a configuration for another tool: TRL, axolotl or LLaMA-Factory. No torch.
+
+What the tool cannot express, or does differently, is said in a comment at the top.
+"""
+
+import json
+from typing import Any, Literal
+
+from core.ml.export.scripts import configurations
+from core.ml.export.scripts import trl as trl_script
+from core.ml.export.scripts.recipe import Data, Plan
+from core.ml.training.config import Spec
+
+Tool = Literal["trl", "axolotl", "llamafactory"]
+# What stands for "auto" where the job was never planned, because it has not started.
+_AUTO_LENGTH = 2048
+_OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+}
+
+
+def write(tool: Tool, job_id: str, model: str, spec: dict[str, Any], data: Data) -> str:
+    """The text of the script. `spec` is a training job's row, whether it ran already or not."""
+    plan = _plan(job_id, model, spec)
+    if tool == "trl":
+        return trl_script.text(_head(plan, data, _notes(plan, data)), _trl(plan), data)
+    lines = (
+        configurations.axolotl(plan, data) if tool == "axolotl" else configurations.llamafactory(plan, data)
+    )
+    notes = [*_notes(plan, data), *configurations.notes(tool, plan, data)]
+    return f"{_head(plan, data, notes)}\n{configurations.text(lines)}"
+
+
+def _plan(job_id: str, model: str, kept: dict[str, Any]) -> Plan:
+    validation = kept.get("validation") or {}
+    spec = Spec.model_validate({name: value for name, value in kept.items() if name != "validation"})
+    training, every = spec.training, spec.evaluation.every_steps
+    size, save, dtype = training.batch_size, spec.checkpoints.every_steps, spec.quantization.compute_dtype
+    return Plan(
+        job_id,
+        model,
+        spec,
+        validation.get("fraction"),
+        bool(validation.get("dataset_id")),
+        batch_size=1 if size == "auto" else size,
+        max_length=_AUTO_LENGTH if training.max_length == "auto" else training.max_length,
+        optimizer=_OPTIMIZERS["adamw" if training.optimizer == "auto" else training.optimizer],
+        dtype="bfloat16" if dtype == "auto" else dtype,
+        packing=training.packing is True,
+        checkpointing=training.gradient_checkpointing is not False,
+        eval_steps=every if isinstance(every, int) and validation else None,
+        save_steps=save if isinstance(save, int) else None,
+    )
+
+
+def _head(plan: Plan, data: Data, notes: list[str]) -> str:
+    """The comment at the top. What people wrote stands in JSON there, so that it cannot end a line."""
+    lines = [f"Job {plan.job_id} of Graft: {json.dumps(plan.model)} on {json.dumps(data.filename)}."]
+    lines += [f"- {note}" for note in notes]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _notes(plan: Plan, data: Data) -> list[str]:
+    """What all three tools do differently."""
+    spec, training = plan.spec, plan.spec.training
+    notes = [
+        "Graft keeps LoRA weights in float32 while it trains; this tool may not.",
+        "Rows are shuffled in another order, so losses are near to Graft's, not equal.",
+    ]
+    if training.max_length == "auto":
+        notes.append(f"The job has not been planned yet: {plan.max_length} tokens stand for max_length auto.")
+    if training.overlength == "error":
+        notes.append("Graft refuses rows that are too long; here they are cut or dropped.")
+    if training.overlength == "truncate":
+        notes.append("Graft cuts long rows at the beginning of their prompt, never in the answer.")
+    if plan.fraction:
+        notes.append("Graft holds back rows with equal prompts together; here other rows are held back.")
+    if spec.evaluation.early_stopping:
+        notes.append("Early stopping and keeping the best checkpoint are left out.")
+    if spec.limits.max_seconds:
+        notes.append(f"The limit of {spec.limits.max_seconds} seconds is left out.")
+    if spec.continue_from:
+        notes.append(
+            f"It continues from adapter {json.dumps(spec.continue_from)}: download and unpack it to ./start."
+        )
+    if data.format == "mapping" and "layout" in (data.mapping or {}):
+        notes.append(
+            "The texts are conversations in a layout that only Graft reads: here whole texts are trained."
+        )
+    return notes
+
+
+def _trl(plan: Plan) -> trl_script.Settings:
+    spec, training, lora = plan.spec, plan.spec.training, plan.spec.lora
+    bits = spec.quantization.bits
+    quantized: dict[str, Any] | None = {"load_in_8bit": True} if bits == 8 else None
+    if bits == 4:
+        quantized = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": spec.quantization.type,
+            "bnb_4bit_use_double_quant": spec.quantization.double_quant,
+            "bnb_4bit_compute_dtype": plan.dtype,
+        }
+    evaluated = plan.fraction is not None or plan.second_set
+    return trl_script.Settings(
+        model=plan.model,
+        dtype=plan.dtype,
+        quantization=quantized,
+        lora={
+            "task_type": "CAUSAL_LM",
+            "r": lora.r,
+            "lora_alpha": lora.alpha,
+            "lora_dropout": lora.dropout,
+            "target_modules": lora.target_modules,
+            "use_rslora": lora.use_rslora,
+            "use_dora": lora.use_dora,
+            "init_lora_weights": True if lora.init == "default" else lora.init,
+        },
+        start="start" if spec.continue_from else None,
+        fraction=plan.fraction,
+        loss_on=training.loss_on,
+        training={
+            "seed": spec.seed,
+            "max_steps": training.max_steps or -1,
+            "num_train_epochs": training.epochs or 3.0,
+            "per_device_train_batch_size": plan.batch_size,
+            "per_device_eval_batch_size": plan.batch_size,
+            "gradient_accumulation_steps": plan.accumulation,
+            "learning_rate": training.learning_rate,
+            "lr_scheduler_type": training.scheduler,
+            "warmup_steps": training.warmup_ratio,  # a share, where it is below 1
+            "optim": plan.optimizer,
+            "weight_decay": training.weight_decay,
+            "max_grad_norm": training.max_grad_norm,
+            "neftune_noise_alpha": training.neftune_alpha,
+            "max_length": plan.max_length,
+            "packing": plan.packing,
+            "gradient_checkpointing": plan.checkpointing,
+            "bf16": plan.dtype == "bfloat16",
+            "fp16": plan.dtype == "float16",
+            "eval_strategy": "steps" if plan.eval_steps else "epoch" if evaluated else "no",
+            "eval_steps": plan.eval_steps,
+            "save_strategy": "steps" if plan.save_steps else "no",
+            "save_steps": plan.save_steps or 500,
+            "save_total_limit": spec.checkpoints.keep,
+            "logging_steps": 1,
+            "report_to": "none",
+        },
+    )

@@ -1,0 +1,186 @@
+"""How good answers are: each metric compares what a model answered with what was expected. No torch.
+
+A request names metrics; a metric gives one or two scores, all from 0 to 1, more is better:
+
+exact_match     exact_match: the same text, white space aside
+label_accuracy  label_accuracy: the same label, case and white space aside; macro_f1: mean F1 of the expected labels
+json_validity   json_valid: the whole answer is JSON; field_f1: F1 of its (path, value) pairs, lists in any order
+sql_execution   sql_execution: the query gives the expected one's rows on made-up tables
+rouge           rouge_l: ROUGE-L F1 over words
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rouge_score.rouge_scorer import RougeScorer
+
+from core.ml.scores import sql
+from core.ml.scores.choice import Metric, Row, json_of
+
+Values = NDArray[np.float64]
+
+RESAMPLES = 1_000
+_CONFIDENCE = 0.95
+# A word, or one sign of a writing without spaces.
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+
+
+class Scored(NamedTuple):
+    """A score of base and adapter on the same rows; `interval` holds the difference in 95 of 100 resamplings.
+
+    `left_out` counts rows that cannot be scored, whatever the answer.
+    """
+
+    name: str
+    base: float
+    adapter: float
+    difference: float
+    interval: tuple[float, float]
+    rows: int
+    left_out: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        made: dict[str, Any] = {
+            "base": self.base,
+            "adapter": self.adapter,
+            "difference": self.difference,
+            "interval": list(self.interval),
+            "rows": self.rows,
+        }
+        return made | ({"left_out": self.left_out} if self.left_out else {})
+
+
+def compare(metric: Metric, rows: Sequence[Row], base: Sequence[str], adapter: Sequence[str]) -> list[Scored]:
+    """The scores of a metric, for answers of base and adapter to the same rows."""
+    if metric == "label_accuracy":
+        return _labels([row.expected for row in rows], base, adapter)
+    if metric == "json_validity":
+        fields = _field_f1
+        return [
+            paired("json_valid", [_valid(one) for one in base], [_valid(one) for one in adapter]),
+            paired(
+                "field_f1",
+                [fields(row.expected, one) for row, one in zip(rows, base, strict=True)],
+                [fields(row.expected, one) for row, one in zip(rows, adapter, strict=True)],
+            ),
+        ]
+    name, score = _EACH[metric]
+    pairs = [
+        (score(row, one), score(row, other)) for row, one, other in zip(rows, base, adapter, strict=True)
+    ]
+    kept = [(one, other) for one, other in pairs if one is not None and other is not None]
+    if not kept:
+        return []
+    scored = paired(name, [one for one, _ in kept], [other for _, other in kept])
+    return [scored._replace(left_out=len(pairs) - len(kept))]
+
+
+def paired(
+    name: str,
+    base: Sequence[float] | Values,
+    adapter: Sequence[float] | Values,
+    statistic: Callable[[Values], float] = np.mean,
+) -> Scored:
+    """Base against adapter, row by row; the interval by paired bootstrap with a fixed seed."""
+    one, other = np.asarray(base, dtype=float), np.asarray(adapter, dtype=float)
+    picks = np.random.default_rng(0).integers(0, len(one), (RESAMPLES, len(one)))
+    differences = [statistic(other[pick]) - statistic(one[pick]) for pick in picks]
+    tail = (1 - _CONFIDENCE) / 2
+    low, high = (float(edge) for edge in np.quantile(differences, [tail, 1 - tail]))
+    first, second = float(statistic(one)), float(statistic(other))
+    return Scored(name, first, second, second - first, (low, high), len(one))
+
+
+def _labels(expected: Sequence[str], base: Sequence[str], adapter: Sequence[str]) -> list[Scored]:
+    wanted = [_label(text) for text in expected]
+    known = {label: code for code, label in enumerate(dict.fromkeys(wanted))}
+    # Column 0 the expected label, column 1 the answered one; -1: an answer that is no label.
+    coded = [
+        np.array(
+            [(known[label], known.get(_label(text), -1)) for label, text in zip(wanted, texts, strict=True)]
+        )
+        for texts in (base, adapter)
+    ]
+    right = [(pairs[:, 0] == pairs[:, 1]).astype(float) for pairs in coded]
+    return [
+        paired("label_accuracy", right[0], right[1]),
+        paired("macro_f1", coded[0], coded[1], statistic=macro_f1),
+    ]
+
+
+def macro_f1(pairs: NDArray[Any]) -> float:
+    """Mean F1 of the labels that are expected; `pairs` are rows of (expected, answered) codes, -1 for no label."""
+    expected, answered = pairs[:, 0].astype(int), pairs[:, 1].astype(int)
+    size = int(expected.max()) + 1
+    right = np.bincount(expected[expected == answered], minlength=size)
+    asked = np.bincount(expected, minlength=size)
+    said = np.bincount(answered[(answered >= 0) & (answered < size)], minlength=size)
+    there = asked > 0
+    return float(np.mean(2 * right[there] / (asked[there] + said[there])))
+
+
+def _label(text: str) -> str:
+    return " ".join(text.split()).casefold().rstrip(".")
+
+
+def _exact(row: Row, answer: str) -> float:
+    return float(answer.split() == row.expected.split())
+
+
+def _sql(row: Row, answer: str) -> float | None:
+    same = sql.same_results(row.prompt, row.expected, answer)
+    return None if same is None else float(same)
+
+
+def _valid(answer: str) -> float:
+    return float(json_of(answer) is not None)
+
+
+def _field_f1(expected: str, answer: str) -> float:
+    wanted, given = json_of(expected), json_of(answer)
+    if given is None:
+        return 0.0
+    one, other = Counter(_fields(wanted)), Counter(_fields(given))
+    if not (one or other):
+        return 1.0
+    return 2 * (one & other).total() / (one.total() + other.total())
+
+
+def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _fields(item, (*path, name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _fields(item, (*path, "[]"))
+    elif isinstance(value, str):
+        yield path, f"text {' '.join(value.split())}"
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, f"number {float(value)!r}"
+    else:
+        yield path, repr(value)
+
+
+class _Words:
+    """Every writing has words; the library's own tokenizer knows ASCII alone."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORDS.findall(text.casefold())
+
+
+_ROUGE = RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+def _rouge(row: Row, answer: str) -> float:
+    return float(_ROUGE.score(row.expected, answer)["rougeL"].fmeasure)
+
+
+_EACH: dict[str, tuple[str, Callable[[Row, str], float | None]]] = {
+    "exact_match": ("exact_match", _exact),
+    "sql_execution": ("sql_execution", _sql),
+    "rouge": ("rouge_l", _rouge),
+}

@@ -1,0 +1,51 @@
+"""Whole checkpoints only: the hash of every file is taken when it is made and compared before it is used."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core.hashes import FileInfo, describe
+
+WEIGHTS = "adapter_model.safetensors"
+# What a resumed run needs; one missing file would silently change the result. Of several processes each has its own
+# random states, and those that share the model have other files of the optimizer.
+REQUIRED = (
+    WEIGHTS,
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+)
+_SHARDED = ("pytorch_model_fsdp.bin", "optimizer.bin")
+# Not needed to resume; training_args.bin is a pickle that can hold tokens and paths.
+_DROPPED = (
+    "training_args.bin",
+    "README.md",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+def seal(folder: Path, processes: int = 1, *, sharded: bool = False) -> list[FileInfo]:
+    """The files of a finished checkpoint with their hashes, without those that are not needed."""
+    for name in _DROPPED:
+        (folder / name).unlink(missing_ok=True)
+    files = describe(folder)
+    missing = _required(processes, sharded=sharded) - {info["path"] for info in files}
+    if missing:
+        raise RuntimeError(f"{folder.name} lacks {', '.join(sorted(missing))}")
+    return files
+
+
+def _required(processes: int, *, sharded: bool) -> set[str]:
+    names = set(REQUIRED)
+    if processes > 1:
+        names = names - {"rng_state.pth"} | {f"rng_state_{index}.pth" for index in range(processes)}
+    return names - {"optimizer.pt"} | set(_SHARDED) if sharded else names
+
+
+def is_whole(folder: Path, files: Sequence[FileInfo | dict[str, Any]]) -> bool:
+    """Whether `folder` holds exactly the bytes that were sealed. `files` comes from the database."""
+    present = {info["path"]: info["sha256"] for info in describe(folder)}
+    return present == {info["path"]: info["sha256"] for info in files}

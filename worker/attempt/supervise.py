@@ -1,0 +1,133 @@
+"""A child process of a job from start to end: its reports, the lease, and what is asked of it meanwhile."""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+from core.control.db import DatabaseUnavailable
+from core.errors import Fenced
+from worker.attempt import artifacts, reports
+from worker.attempt.reports import Attempt
+from worker.child import spawn
+from worker.context import Context
+
+logger = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.2
+# A database that is away does not end a training; one that stays away does.
+_DATABASE_PATIENCE = 600.0
+# How a child's work ends; everything else it reports happens on the way.
+_ENDS = ("done", "proved", "stopped", "again", "error")
+
+Outcome = tuple[str, dict[str, Any]]
+
+
+def see_through(context: Context, attempt: Attempt, function: str, *args: Any) -> Outcome:
+    """Run `worker.child.trainer.<function>(*args, report, stop)` in a process of its own, and take its outcome.
+
+    It is ("crash", {why, exit_code}) when the process ends without a word, and ("stopped", {}) when it was asked
+    to leave. All else that it reported is written by then.
+
+    Raises:
+        Fenced: the job belongs to a newer claim.
+        TimeoutError: no sign of life for too long.
+        StorageFull: a checkpoint could not be stored.
+    """
+    attempt.outcome, attempt.training = ("crash", {}), False
+    process = spawn.start(function, *args, patience=context.settings.lease_seconds)
+    attempt.child = process
+    with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
+        try:
+            _until_end(context, attempt, process, uploader)
+        finally:
+            process.close()
+        wait([upload for _, upload in attempt.uploads])
+    patiently(lambda: reports.write(context, attempt))
+    return attempt.outcome
+
+
+def patiently(write: Callable[[], None]) -> None:
+    """Try a write until the database is there again."""
+    started = time.monotonic()
+    while True:
+        try:
+            write()
+        except DatabaseUnavailable:
+            if time.monotonic() - started > _DATABASE_PATIENCE:
+                raise
+            time.sleep(1)
+        else:
+            return
+
+
+def _until_end(
+    context: Context, attempt: Attempt, process: spawn.Child, uploader: ThreadPoolExecutor
+) -> None:
+    written = heard = time.monotonic()
+    told = False
+    while True:
+        ended = process.exit_code is not None
+        news = process.receive(0 if ended else _TICK_SECONDS)
+        for kind, data in news:
+            _take(context, attempt, kind, data, uploader)
+        if ended and not news:
+            break
+        heard = time.monotonic() if news else heard
+        if time.monotonic() - heard > context.settings.stall_seconds:
+            raise TimeoutError(f"the trainer gave no sign of life for {context.settings.stall_seconds:.0f} s")
+        if attempt.fenced:
+            raise Fenced(f"job {attempt.job.id} was taken back")
+        waiting = attempt.reports or any(upload.done() for _, upload in attempt.uploads)
+        if not waiting or _write_if_possible(context, attempt, written):
+            written = time.monotonic()
+        if (attempt.asked or context.stopping.is_set()) and not told:
+            told = True
+            _stop(attempt, process)
+    if attempt.outcome[0] == "crash":
+        code = process.exit_code
+        attempt.outcome = (
+            "crash",
+            {"why": f"its trainer process ended with exit code {code}", "exit_code": code},
+        )
+
+
+def _stop(attempt: Attempt, process: spawn.Child) -> None:
+    """Let a training save and leave. Otherwise nothing is there to be saved, and loading a model can take long."""
+    if attempt.training:
+        process.tell("stop")
+    elif attempt.outcome[0] == "crash":
+        process.kill()
+        attempt.outcome = ("stopped", {})
+
+
+def _write_if_possible(context: Context, attempt: Attempt, written: float) -> bool:
+    """Training goes on without the database for a while: nobody else can claim the job either."""
+    try:
+        reports.write(context, attempt)
+    except DatabaseUnavailable:
+        if time.monotonic() - written > _DATABASE_PATIENCE:
+            raise
+        logger.warning("database is away; training goes on")
+        time.sleep(1)
+        return False
+    return True
+
+
+def _take(
+    context: Context,
+    attempt: Attempt,
+    kind: str,
+    data: dict[str, Any],
+    uploader: ThreadPoolExecutor,
+) -> None:
+    if kind in _ENDS:
+        attempt.outcome = (kind, data)
+    elif kind == "checkpoint":
+        attempt.uploads.append(
+            (data, uploader.submit(artifacts.store_checkpoint, context, attempt.job, data))
+        )
+    else:
+        attempt.training = attempt.training or (kind, data.get("phase")) == ("phase", "training")
+        attempt.reports.append((kind, data))

@@ -1,0 +1,161 @@
+"""The trainer: what a job's child process runs. Importing it imports the learning libraries."""
+
+import ctypes
+import dataclasses
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Models of these families are found by their configuration at run time; imported here they are
+# loaded once in the fork server instead of once a job.
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+from core import log
+from core.errors import GraftError, OutOfMemory, StorageFull, is_disk_full
+from core.ml import base_model
+from core.ml.catalogue import BaseModel
+from core.ml.export import files
+from core.ml.export.run import Export
+from core.ml.proof import certificate
+from core.ml.quantization import Quantization
+from core.ml.training import assembly, sft
+from core.ml.training.loop import watchdog
+from core.ml.training.loop.reporter import Report
+from core.ml.training.probe import measure
+from core.ml.training.run import Run
+from worker.child import launch
+
+logger = logging.getLogger(__name__)
+
+_ALIVE_SECONDS = 5.0
+# glibc's mallopt: which blocks get pages of their own, and when freed ones go back to the system.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+class _StoppedError(Exception):
+    """The worker asked to leave."""
+
+
+def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> None:
+    """Train and report the end: `done`, `stopped`, `again` or `error`. Anything else is a crash."""
+    if run.processes == 1:
+        train_here(run, job_id, report, stop)
+        return
+    log.setup()
+    log.job_id.set(job_id)
+    with _errors(report):
+        launch.train(run, job_id, report, stop)
+
+
+def train_here(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> None:
+    """As `train`, in this very process, which may be one of several."""
+    log.setup()
+    log.job_id.set(job_id)
+    with _errors(report):
+        result = sft.train(run, report, stop)
+        if result.adapter is None:
+            report("stopped")
+        else:
+            report("done", folder=str(result.adapter), metrics=result.metrics)
+
+
+def prove(run: Run, folder: Path, facts: Mapping[str, Any], report: Report, stop: Callable[[], bool]) -> None:
+    """Check and measure the adapter saved in `folder`, and report `proved`, `stopped` or `error`.
+
+    `run` is the training's, its data files still there; `facts` as `core.ml.proof.certificate.prove` says.
+    """
+    log.setup()
+    log.job_id.set(facts.get("job_id"))
+    _keep_freed_memory()
+    told = 0.0
+
+    def tick() -> None:
+        nonlocal told
+        if stop():
+            raise _StoppedError
+        if time.monotonic() - told > _ALIVE_SECONDS:
+            told = time.monotonic()
+            report("alive")
+
+    with _errors(report):
+        try:
+            proof = certificate.prove(run, folder, facts, tick)
+        except _StoppedError:
+            report("stopped")
+        else:
+            report("proved", certificate=proof.certificate, metrics=proof.metrics)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what large tensors free: fetching it anew, page by page, costs a third of the time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def export(run: Export, job_id: str, report: Report, stop: Callable[[], bool]) -> None:
+    """Write an adapter in another form and report the end: `done`, `stopped` or `error`."""
+    log.setup()
+    log.job_id.set(job_id)
+    with _errors(report):
+        result = files.export(run, report, stop)
+        if result.folder is None:
+            report("stopped")
+        else:
+            report("done", folder=str(result.folder), report=result.report)
+
+
+def probe(run: Run, report: Report, stop: Callable[[], bool]) -> None:  # noqa: ARG001 - a child's form
+    """Take a few steps and report what was `measured`, or the `error` that a job would end with."""
+    log.setup()
+    with _errors(report):
+        report("measured", **measure(run))
+
+
+def prepare(
+    model: BaseModel,
+    processes: int,
+    sharded: bool,
+    report: Report,
+    stop: Callable[[], bool],  # noqa: ARG001
+) -> None:
+    """Report the `device`, and bring the files of a base model, so that no job has to wait for them."""
+    log.setup()
+    with _errors(report):
+        precision = dataclasses.replace(base_model.settle(Quantization()), sharded=sharded)
+        device = assembly.device(precision, processes)
+        report("device", name=base_model.device_name(), **dataclasses.asdict(device))
+        base_model.prepare(model)
+
+
+@contextmanager
+def _errors(report: Report) -> Iterator[None]:
+    """Report the `error` that ends the work, whatever it is."""
+    try:
+        yield
+    except watchdog.Again as again:
+        report("again", **again.as_report())
+    except GraftError as error:
+        _report(report, error)
+    except BrokenPipeError:
+        raise  # the worker or its log is gone: a crash, from which the job goes on
+    except torch.OutOfMemoryError:
+        _report(report, OutOfMemory())
+    except Exception as error:  # noqa: BLE001 - every end of a run is reported, with its cause
+        logger.error("training broke off\n%s", traceback.format_exc())  # noqa: TRY400
+        if is_disk_full(error):
+            _report(report, StorageFull("a checkpoint or the adapter"))
+            return
+        message = f"Training broke off: {type(error).__name__}: {error}"
+        hint = "The worker's log has the whole traceback under this job's id."
+        _report(report, GraftError("training_error", message, hint=hint))
+
+
+def _report(report: Report, error: GraftError) -> None:
+    report("error", **error.as_dict(), param=error.param)

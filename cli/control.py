@@ -1,4 +1,4 @@
-"""What may be asked of a job that is there: `graft pause`, `resume`, `cancel`, `retry`."""
+"""What may be asked of a job that is there: `graft pause`, `resume`, `cancel`, `retry`, `logs`."""
 
 from typing import Annotated, Any
 
@@ -47,6 +47,13 @@ def retry(
         _put(body, change)
     with connected(url, key, home) as client:
         _tell(client.retry(job, body))
+
+
+def logs(job: Job, url: Url = URL, key: Key = None, home: Home = HOME) -> None:
+    """Print what worker and trainer wrote about a job."""
+    with connected(url, key, home) as client:
+        for line in client.logs(job):
+            typer.echo(line)
 
 
 def _put(body: dict[str, Any], change: str) -> None:

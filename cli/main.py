@@ -38,7 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(export.app, name="export")
-for command in (control.pause, control.resume, control.cancel, control.retry):
+for command in (control.pause, control.resume, control.cancel, control.retry, control.logs):
     app.command()(command)
 
 
@@ -114,6 +114,7 @@ def train(
         show.outcome(console, job)
         if job["status"] != "succeeded":
             raise typer.Exit(1)
+        show.worth(console, job, client.adapter(job["adapter_id"]))
         if output is not None:
             client.download(job["adapter_id"], output)
             console.print(f"Adapter saved to {output}.")

@@ -59,6 +59,17 @@ def outcome(console: Console, job: dict[str, Any]) -> None:
         console.print(error["hint"], markup=False)
 
 
+def worth(console: Console, job: dict[str, Any], adapter: dict[str, Any]) -> None:
+    """The verdict of the adapter's certificate, what does not hold, and where it lies against its preset's band."""
+    certificate = adapter["certificate"]
+    say(console, certificate["evaluation"]["verdict"]["words"])
+    for check in certificate["checks"]:
+        if not check["ok"]:
+            say(console, f"{check['name']}: {check['detail']}", style="yellow")
+    if job["preset"] and job["preset"]["result"]:
+        say(console, job["preset"]["result"]["words"])
+
+
 def report(console: Console, name: str, found: dict[str, Any]) -> None:
     """What a validation found: format, rows, lengths, errors, warnings and the repair."""
     can = "can be trained" if found["valid"] else "cannot be trained as it is"

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli import show, tokens
-from examples.text_to_sql.score import score
+from core.ml.scores import sql
 from graft_client.client import ApiError, Client, UnreachableError
 
 HERE = Path(__file__).parent
@@ -152,7 +152,7 @@ def _score(
             which = {"adapter_id": adapter_id} if adapter_id else {}
             answer = client.generate(messages=messages, max_new_tokens=48, **which)["outputs"][0]["text"]
             answers.append(answer)
-            right += score(row["context"], row["answer"], answer)
+            right += bool(sql.same_results(row["context"], row["answer"], answer))
             status.update(f"{who}: {right} of {number} right")
     console.print(f"{who:<8} {right} of {len(rows)} right ({right / len(rows):.0%})")
     return right / len(rows), answers

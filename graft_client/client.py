@@ -128,8 +128,8 @@ class Client:
         """A new attempt of a failed or cancelled job; `changes` are fields of its spec."""
         return self._call("POST", f"/jobs/{job_id}/retry", json=changes or {})
 
-    def delete_job(self, job_id: str) -> Json:
-        return self._call("DELETE", f"/jobs/{job_id}")
+    def delete_job(self, job_id: str, *, with_adapter: bool = False) -> Json:
+        return self._call("DELETE", f"/jobs/{job_id}", params={"adapter": with_adapter})
 
     def checkpoints(self, job_id: str) -> list[Json]:
         listed: list[Json] = self._call("GET", f"/jobs/{job_id}/checkpoints")["data"]
@@ -142,6 +142,11 @@ class Client:
     def events(self, job_id: str, limit: int = 100) -> list[Json]:
         listed: list[Json] = self._call("GET", f"/jobs/{job_id}/events", params={"limit": limit})["data"]
         return listed
+
+    def logs(self, job_id: str) -> Iterator[str]:
+        """The lines that worker and trainer wrote about the job."""
+        with self._stream("GET", f"/jobs/{job_id}/logs") as response:
+            yield from response.iter_lines()
 
     def watch(self, job_id: str, every: float = 0.5) -> Iterator[Json]:
         """The job again and again, until it has ended; the last one is the finished job."""

@@ -37,8 +37,6 @@ def _inputs(context: Context, attempt: Attempt) -> runs.Export:
         GraftError: `adapter_damaged`.
     """
     job, work = attempt.job, attempt.work
-    shutil.rmtree(work.parent, ignore_errors=True)  # what earlier attempts left when they broke off
-    work.mkdir(parents=True)
     asked = job.spec["export"]
     with reading(context.sessions) as session:
         adapter = session.get(Adapter, asked["adapter_id"])

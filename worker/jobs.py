@@ -15,6 +15,7 @@ from core.errors import Fenced, GraftError
 from core.ml.training.config import Spec
 from core.ml.training.loop import watchdog
 from worker import export, train
+from worker.attempt import artifacts
 from worker.attempt.heartbeat import beating
 from worker.attempt.reports import Attempt
 from worker.attempt.supervise import patiently
@@ -39,8 +40,11 @@ def run(context: Context) -> str | None:
         return None
     token = log.job_id.set(job.id)
     attempt = Attempt(job, context.settings.scratch / job.id / str(job.fence))
+    shutil.rmtree(attempt.work.parent, ignore_errors=True)  # what earlier attempts left when they broke off
+    attempt.work.mkdir(parents=True)
     try:
-        with beating(context, attempt):
+        with beating(context, attempt), log.kept(attempt.work / log.FILE, job.id):
+            logger.info("Attempt %d begins.", job.attempt)
             _attempt(context, attempt)
     except Fenced:
         logger.warning("lease lost; this attempt writes nothing more")
@@ -64,6 +68,7 @@ def _attempt(context: Context, attempt: Attempt) -> None:
     except Exception as error:
         logger.exception("the attempt broke off in the worker")
         attempt.outcome = ("crash", {"why": f"the worker met {type(error).__name__}"})
+    artifacts.store_log(context, attempt.job, attempt.work)  # before the end: a job that ended can be deleted
     dropped: list[str] = []
     patiently(lambda: dropped.extend(end(context, attempt)))
     for key in dropped:

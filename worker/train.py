@@ -3,7 +3,6 @@
 Artifact first, row second: files lie in the storage, whole, before a row names them.
 """
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,6 @@ def make(context: Context, attempt: Attempt) -> bool:
 def _inputs(context: Context, attempt: Attempt) -> Run:
     """Everything the trainer needs, as files on this machine."""
     job, work = attempt.job, attempt.work
-    shutil.rmtree(work.parent, ignore_errors=True)  # what earlier attempts left when they broke off
-    work.mkdir(parents=True)
     with reading(context.sessions) as session:
         saved = events.checkpoints(session, job.id)
     run = artifacts.fetch_run(context, job, work)

@@ -6,11 +6,12 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from api import intake
@@ -23,13 +24,14 @@ from core.control.db import AlreadyThere
 from core.control.projects import Caller
 from core.control.running import events
 from core.control.tables import FINISHED, Job, JobStatus
-from core.errors import BadRequest, Conflict
+from core.errors import BadRequest, Conflict, NotFound
 from core.ml import catalogue
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
 _POLL_SECONDS = 0.5
 _PING_SECONDS = 15.0
+_LOG_BYTES = 64 * 1024
 
 
 @router.post("", status_code=201)
@@ -116,12 +118,13 @@ def get(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
 
 
 @router.delete("/{job_id}")
-def delete(job_id: str, services: ServicesDep, caller: CallerDep) -> Deleted:
-    """Delete a finished job, its events, metrics and checkpoints; its adapter stays."""
+def delete(job_id: str, services: ServicesDep, caller: CallerDep, adapter: bool = False) -> Deleted:
+    """Delete a finished job, its events, metrics, logs and checkpoints; its adapter stays unless `adapter=true`."""
     with services.sessions.begin() as session:
-        job = jobs.remove(session, caller.project_id, job_id)
-    services.storage.delete(f"jobs/{job.id}")
-    return Deleted(id=job.id)
+        keys = jobs.remove(session, caller.project_id, job_id, with_adapter=adapter)
+    for key in keys:
+        services.storage.delete(key)
+    return Deleted(id=job_id)
 
 
 @router.get("/{job_id}/events", response_model=Listing[EventOut])
@@ -182,6 +185,21 @@ def checkpoints(job_id: str, services: ServicesDep, caller: CallerDep) -> Listin
         rows = events.checkpoints(session, job.id)
         best = events.best(rows)
         return Listing(data=[CheckpointOut.of(row, best=row is best) for row in rows], has_more=False)
+
+
+@router.get("/{job_id}/logs", response_class=PlainTextResponse)
+def logs(job_id: str, services: ServicesDep, caller: CallerDep) -> StreamingResponse:
+    """What the worker and the trainer wrote about the job, attempt by attempt; of a running one some seconds old."""
+    with db.reading(services.sessions) as session:
+        job = jobs.get(session, caller.project_id, job_id)
+
+    def content() -> Iterator[bytes]:
+        for fence in range(1, job.fence + 1):
+            # One that never came to write, or whose worker was lost before it could.
+            with suppress(NotFound), services.storage.open(jobs.log_key(job.id, fence)) as file:
+                yield from iter(lambda: file.read(_LOG_BYTES), b"")
+
+    return StreamingResponse(content(), media_type="text/plain; charset=utf-8")
 
 
 def _earlier(services: Services, caller: Caller, key: str | None, sha256: str) -> JobOut | None:

@@ -55,8 +55,9 @@ class Problem(BaseModel):
 
 
 class PreflightOut(BaseModel):
-    """`ok`: nothing that was looked at would make the job fail. What could not be measured is reckoned or null, and
-    `not_measured` says why, as it does where rows are too many to be counted; what the device decides of `spec` is "auto" then."""
+    """`ok`: nothing that was looked at would make the job fail. What could not be measured is reckoned, the seconds from
+    an earlier job alike, or null, and `not_measured` says why, as it does where rows are too many to be counted; what the
+    device decides of `spec` is "auto" then."""
 
     object: Literal["preflight"] = "preflight"
     ok: bool

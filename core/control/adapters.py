@@ -3,8 +3,8 @@
 from sqlalchemy import select
 
 from core.control.db import Session
-from core.control.tables import Adapter
-from core.errors import NotFound
+from core.control.tables import FINISHED, Adapter, Job
+from core.errors import Conflict, NotFound
 
 
 def get(session: Session, project_id: str, adapter_id: str, *, param: str | None = None) -> Adapter:
@@ -29,6 +29,16 @@ def page(session: Session, project_id: str, *, limit: int, after: str | None) ->
 
 
 def delete(session: Session, project_id: str, adapter_id: str) -> Adapter:
+    """Raises NotFound, or Conflict `adapter_in_use` while an unfinished job begins with it or exports it."""
     adapter = get(session, project_id, adapter_id)
+    users = session.scalars(select(Job).where(Job.project_id == project_id, Job.status.not_in(FINISHED)))
+    for job in users:
+        exported = (job.spec.get("export") or {}).get("adapter_id")
+        if adapter.id in (job.spec.get("continue_from"), exported):
+            raise Conflict(
+                "adapter_in_use",
+                f"Job {job.id} is {job.status} and {'exports' if exported else 'continues from'} this adapter.",
+                hint="Wait until the job has ended, or cancel it.",
+            )
     session.delete(adapter)
     return adapter

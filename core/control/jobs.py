@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import and_, delete, func, or_, select, update
+from sqlalchemy import and_, delete, func, or_, select
 
-from core.control import datasets
+from core.control import adapters, datasets
 from core.control.db import Session
 from core.control.running import events
 from core.control.tables import (
@@ -128,6 +128,11 @@ def position(session: Session, job: Job) -> int:
     """How many queued jobs come before this one: of higher priority, or as high and older."""
     before = or_(Job.priority > job.priority, and_(Job.priority == job.priority, Job.id < job.id))
     return session.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED, before)) or 0
+
+
+def log_key(job_id: str, fence: int) -> str:
+    """Where the log of one attempt lies; a zombie can only ever overwrite its own."""
+    return f"jobs/{job_id}/logs/{fence}.txt"
 
 
 def cancel(session: Session, project_id: str, job_id: str) -> Job:
@@ -266,11 +271,12 @@ def _locked(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
-def remove(session: Session, project_id: str, job_id: str) -> Job:
-    """Delete a finished job with all it left behind; its adapter stays.
+def remove(session: Session, project_id: str, job_id: str, *, with_adapter: bool = False) -> list[str]:
+    """Delete a finished job with all it left behind, its adapter only if asked; the keys of their files, to be
+    deleted after the commit.
 
     Raises:
-        Conflict: `job_not_finished`.
+        Conflict: `job_not_finished`; `adapter_in_use`.
     """
     job = _locked(session, project_id, job_id)
     if job.status not in FINISHED:
@@ -279,6 +285,12 @@ def remove(session: Session, project_id: str, job_id: str) -> Job:
             f"Job {job.id} is {job.status}; only finished jobs are deleted.",
             hint="Cancel it first.",
         )
-    session.execute(update(Adapter).where(Adapter.job_id == job.id).values(job_id=None))
+    keys = [f"jobs/{job.id}"]
+    for adapter in session.scalars(select(Adapter).where(Adapter.job_id == job.id)):
+        if with_adapter:
+            keys.append(adapters.delete(session, project_id, adapter.id).key)
+        else:
+            adapter.job_id = None
+    session.flush()
     session.execute(delete(Job).where(Job.id == job.id))
-    return job
+    return keys

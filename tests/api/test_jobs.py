@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,6 +316,23 @@ def test_a_stream_stays_open_while_a_job_is_paused(api: Api, job_id: str) -> Non
     assert [event["event"] for event in streams[0]] == ["created", "paused", "cancelled"]
 
 
+def test_logs_are_those_of_all_attempts(api: Api, job_id: str, tmp_path: Path) -> None:
+    assert api.client.get(f"/jobs/{job_id}/logs").text == ""
+    for _ in range(3):
+        fence = rows.claimed(api.sessions, job_id).fence
+        if fence != 2:  # a worker that was lost before it wrote anything
+            (tmp_path / "log").write_text(f"attempt {fence}: ä\n")
+            api.storage.put(tmp_path / "log", jobs.log_key(job_id, fence))
+        with api.sessions.begin() as session:
+            attempts.release(session, job_id, fence, "It left.")
+    answer = api.client.get(f"/jobs/{job_id}/logs")
+    assert (answer.text, answer.headers["content-type"]) == (
+        "attempt 1: ä\nattempt 3: ä\n",
+        "text/plain; charset=utf-8",
+    )
+    refused(api.stranger.get(f"/jobs/{job_id}/logs"), 404, "job_not_found")
+
+
 def test_delete_takes_a_finished_job_and_its_files(api: Api, job_id: str, tmp_path: Any) -> None:
     (tmp_path / "file").write_text("x")
     api.storage.put(tmp_path / "file", f"jobs/{job_id}/checkpoints/5/file")
@@ -323,7 +341,7 @@ def test_delete_takes_a_finished_job_and_its_files(api: Api, job_id: str, tmp_pa
     finish(api, job_id)
     assert api.client.delete(f"/jobs/{job_id}").json() == {"id": job_id, "deleted": True}
     assert api.stored() == []
-    for path in ("", "/events", "/metrics", "/checkpoints"):
+    for path in ("", "/events", "/metrics", "/checkpoints", "/logs"):
         refused(api.client.get(f"/jobs/{job_id}{path}"), 404, "job_not_found")
 
 

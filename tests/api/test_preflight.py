@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from core.control.running import probes, workers
+from core.control.running import attempts, events, probes, workers
 from core.control.tables import Probe
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.control import rows
@@ -163,6 +163,23 @@ def test_a_worker_is_asked_only_while_it_has_nothing_to_do(api: Api, monkeypatch
     assert (found["ok"], found["not_measured"]) == (True, "No worker answered within 0.5 seconds.")
     rows.job(api.sessions, api.project_id)
     assert asked(api, [pair(0)])["not_measured"] == "No worker is free."
+
+
+@only_sqlite
+def test_where_nothing_is_measured_an_earlier_job_alike_tells_the_seconds(api: Api) -> None:
+    training = {"max_steps": 10, "effective_batch_size": 2}
+    found = asked(api, [pair(0), pair(1)], training=training)
+    assert found["seconds_per_step"] is None
+    for speed, changed in ((50.0, {}), (1.0, {"lora": found["spec"]["lora"] | {"r": 64}})):
+        job = rows.job(api.sessions, api.project_id, model=found["model"], spec=found["spec"] | changed)
+        fence = rows.claimed(api.sessions, job.id).fence
+        with api.sessions.begin() as session:
+            events.measure(session, job.id, 1, {"tokens_per_second": speed})
+            attempts.succeed(session, job.id, fence, rows.adapter(api.project_id, job.id))
+    found = asked(api, [pair(0), pair(1)], training=training)
+    assert found["seconds_per_step"] == found["tokens"]["total"] / 50
+    assert found["eta_seconds"] == 10 * found["seconds_per_step"]
+    assert found["not_measured"] == "No worker is free."
 
 
 @only_sqlite

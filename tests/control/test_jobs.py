@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 
-from core.control import datasets, jobs
+from core.control import adapters, datasets, exports, jobs
 from core.control.db import Sessions
 from core.control.running import attempts, events
 from core.control.tables import (
@@ -313,6 +313,45 @@ def test_only_a_finished_job_is_deleted_and_takes_its_traces_along(
             assert session.scalar(select(func.count()).select_from(table)) == 0
         assert session.scalars(select(JobEvent.job_id)).all() == [other.id]
         assert session.get_one(Adapter, adapter.id).job_id is None
+
+
+def test_an_adapter_goes_with_its_job_only_if_asked(sessions: Sessions, project_id: str) -> None:
+    job = rows.job(sessions, project_id)
+    adapter = rows.adapter(project_id, job.id)
+    with sessions.begin() as session:
+        attempts.succeed(session, job.id, rows.claimed(sessions, job.id).fence, adapter)
+    with sessions.begin() as session:
+        keys = jobs.remove(session, project_id, job.id, with_adapter=True)
+    assert keys == [f"jobs/{job.id}", adapter.key]
+    with sessions() as session:
+        assert session.get(Adapter, adapter.id) is None
+
+
+@pytest.mark.parametrize("kind", ["continue", "export"])
+def test_an_adapter_that_an_unfinished_job_needs_is_not_deleted(
+    sessions: Sessions, project_id: str, kind: str
+) -> None:
+    job = rows.job(sessions, project_id)
+    adapter = rows.adapter(project_id, job.id)
+    with sessions.begin() as session:
+        attempts.succeed(session, job.id, rows.claimed(sessions, job.id).fence, adapter)
+    if kind == "continue":
+        user = rows.job(sessions, project_id, spec=rows.SPEC | {"continue_from": adapter.id})
+    else:
+        with sessions.begin() as session:
+            user, _ = exports.ask(session, project_id, adapter.id, "merged", idempotency_key=None)
+    for remove in (
+        lambda session: adapters.delete(session, project_id, adapter.id),
+        lambda session: jobs.remove(session, project_id, job.id, with_adapter=True),
+    ):
+        with pytest.raises(Conflict) as caught, sessions.begin() as session:
+            remove(session)
+        assert caught.value.code == "adapter_in_use"
+        assert user.id in caught.value.message
+    assert rows.read(sessions, job.id).status == JobStatus.SUCCEEDED
+    ask(sessions, project_id, user.id, "cancel")
+    with sessions.begin() as session:
+        adapters.delete(session, project_id, adapter.id)
 
 
 # ---- Lists

@@ -164,6 +164,16 @@ def test_without_keeping_them_rows_are_only_counted(contract: Contract, tmp_path
         data.rows_of(run, contract, context=512, count_until=time.monotonic())
 
 
+@pytest.mark.parametrize(("policy", "dropped", "truncated"), [("drop", [400], []), ("truncate", [], [400])])
+def test_the_longest_of_many_rows_do_not_set_the_length_where_they_may_be_left_out(
+    contract: Contract, tmp_path: Path, policy: str, dropped: list[int], truncated: list[int]
+) -> None:
+    rows = source(tmp_path, [*((f"question {n}", "yes") for n in range(199)), ("x" * 400, "yes")])
+    made = tokenise(rows, contract, overlength=policy)
+    assert (made.limit, made.dropped, made.truncated) == (64, dropped, truncated)
+    assert tokenise(rows, contract, overlength="error").longest > 200
+
+
 def test_every_problem_is_listed(contract: Contract, tmp_path: Path) -> None:
     (tmp_path / "valid").mkdir()
     run = run_of(
@@ -220,6 +230,13 @@ def test_a_split_works_with_the_loss_on_every_token(
     train, held_back = split(source(tmp_path, pairs), contract, 0.25, seed=1, loss_on="all")
     assert len(train) + len(held_back) == 120
     assert questions(contract, train).isdisjoint(questions(contract, held_back))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_two_prompts_are_enough_for_a_split(contract: Contract, tmp_path: Path, fraction: float) -> None:
+    for seed in range(5):
+        train, held_back = split(source(tmp_path, [("a", "b"), ("c", "d")]), contract, fraction, seed=seed)
+        assert (len(train), len(held_back)) == (1, 1)
 
 
 def test_a_split_that_leaves_one_side_empty_is_refused(contract: Contract, tmp_path: Path) -> None:

@@ -77,6 +77,14 @@ def test_metrics_events_and_checkpoints(service: Service, job: dict) -> None:
         assert [row["step"] for row in kept] == [8, 6]
 
 
+def test_the_log_tells_how_it_went(service: Service, job: dict) -> None:
+    with service.client() as client:
+        lines = list(client.logs(job["id"]))
+    assert lines[0].endswith("Attempt 1 begins.")
+    for said in ("Phase: training.", "Step 1: loss", "Checkpoint of step 3.", "Phase: saving."):
+        assert any(said in line for line in lines), (said, lines)
+
+
 def test_the_download_is_whole_and_loads_with_plain_peft(
     service: Service, job: dict, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from worker.context import Context
 CERTIFICATE = {
     "ok": True,
     "checks": [{"name": "keys", "ok": True}],
-    "evaluation": {"metrics": ["rouge"], "verdict": {"words": "It is better."}},
+    "evaluation": {"verdict": {"words": "It is better."}},
 }
 FAILED = {"code": "adapter_changes_nothing", "message": "lora_B is zero.", "hint": None}
 Report = tuple[str, dict[str, Any]]
@@ -53,7 +53,7 @@ class Played:
 
 @pytest.fixture
 def job(context: Context, project_id: str, monkeypatch: pytest.MonkeyPatch) -> Job:
-    monkeypatch.setattr(train, "_inputs", lambda _context, attempt: attempt.work.mkdir(parents=True))
+    monkeypatch.setattr(train, "_inputs", lambda _context, _attempt: None)
     spec = config.settle(Spec()).model_dump() | {"validation": None}
     return rows.job(context.sessions, project_id, spec=spec)
 

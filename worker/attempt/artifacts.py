@@ -1,11 +1,13 @@
 """Files between the storage and a job's work folder: data sets in, checkpoints both ways, adapters out."""
 
+import logging
 import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from core.control import datasets
+from core import log
+from core.control import datasets, jobs
 from core.control.db import reading
 from core.control.tables import Adapter, Checkpoint, Dataset, Job, Probe, new_id, utcnow
 from core.errors import GraftError, NotFound
@@ -15,6 +17,8 @@ from core.ml.training.config import Spec
 from core.ml.training.files import checkpoints
 from core.ml.training.run import Run, Source
 from worker.context import Context
+
+logger = logging.getLogger(__name__)
 
 # What a training needs of an adapter to continue from.
 _BEGINNING = ("adapter_config.json", "adapter_model.safetensors")
@@ -118,6 +122,18 @@ def store_checkpoint(context: Context, job: Job, data: dict[str, Any]) -> None:
         folder, checkpoint_key(job, data["step"]), [info["path"] for info in data["files"]]
     )
     shutil.rmtree(folder)
+
+
+def store_log(context: Context, job: Job, work: Path) -> None:
+    """Store the job's log as far as it is written. A log that cannot be stored is no reason to end a job."""
+    copy = work / f"{log.FILE}.copy"  # the storage may keep a second name of what it gets, and the log grows
+    try:
+        shutil.copyfile(work / log.FILE, copy)
+        context.storage.put(copy, jobs.log_key(job.id, job.fence))
+    except Exception:
+        logger.exception("the log is not stored")
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def pack(folder: Path, paths: list[str], archive: Path) -> None:

@@ -16,6 +16,7 @@ from worker.context import Context
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.2
+_LOG_SECONDS = 10.0
 # A database that is away does not end a training; one that stays away does.
 _DATABASE_PATIENCE = 600.0
 # How a child's work ends; everything else it reports happens on the way.
@@ -44,6 +45,7 @@ def see_through(context: Context, attempt: Attempt, function: str, *args: Any) -
         finally:
             process.close()
         wait([upload for _, upload in attempt.uploads])
+    artifacts.store_log(context, attempt.job, attempt.work)
     patiently(lambda: reports.write(context, attempt))
     return attempt.outcome
 
@@ -65,9 +67,12 @@ def patiently(write: Callable[[], None]) -> None:
 def _until_end(
     context: Context, attempt: Attempt, process: spawn.Child, uploader: ThreadPoolExecutor
 ) -> None:
-    written = heard = time.monotonic()
+    written = heard = logged = time.monotonic()
     told = False
     while True:
+        if time.monotonic() - logged > _LOG_SECONDS:
+            logged = time.monotonic()
+            uploader.submit(artifacts.store_log, context, attempt.job, attempt.work)
         ended = process.exit_code is not None
         news = process.receive(0 if ended else _TICK_SECONDS)
         for kind, data in news:

@@ -3,17 +3,18 @@
 import ctypes
 import dataclasses
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 # Models of these families are found by their configuration at run time; imported here they are
 # loaded once in the fork server instead of once a job.
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401
+import transformers.models.llama.modeling_llama
 
 from core import log
 from core.errors import GraftError, OutOfMemory, StorageFull, is_disk_full
@@ -32,6 +33,15 @@ from worker.child import launch
 
 logger = logging.getLogger(__name__)
 
+# What a report is in the log.
+_LINES = {
+    "phase": "Phase: {phase}.",
+    "plan": "Plan: {total_steps} steps, {trained_tokens} trained tokens.",
+    "model_loaded": "Base model loaded in {seconds:.1f} s.",
+    "checkpoint": "Checkpoint of step {step}.",
+    "samples": "Answers to the prompts at step {step}.",
+    "note": "{message}",
+}
 _ALIVE_SECONDS = 5.0
 # glibc's mallopt: which blocks get pages of their own, and when freed ones go back to the system.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -46,18 +56,15 @@ def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> No
     if run.processes == 1:
         train_here(run, job_id, report, stop)
         return
-    log.setup()
-    log.job_id.set(job_id)
-    with _errors(report):
+    with _reporting(report, run.work, job_id):
         launch.train(run, job_id, report, stop)
 
 
 def train_here(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> None:
     """As `train`, in this very process, which may be one of several."""
-    log.setup()
-    log.job_id.set(job_id)
-    with _errors(report):
-        result = sft.train(run, report, stop)
+    first = os.environ.get("RANK", "0") == "0"
+    with _reporting(report, run.work, job_id):
+        result = sft.train(run, _logged(report) if first else report, stop)
         if result.adapter is None:
             report("stopped")
         else:
@@ -69,8 +76,6 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], report: Report, stop
 
     `run` is the training's, its data files still there; `facts` as `core.ml.proof.certificate.prove` says.
     """
-    log.setup()
-    log.job_id.set(facts.get("job_id"))
     _keep_freed_memory()
     told = 0.0
 
@@ -82,7 +87,7 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], report: Report, stop
             told = time.monotonic()
             report("alive")
 
-    with _errors(report):
+    with _reporting(report, run.work, facts.get("job_id")):
         try:
             proof = certificate.prove(run, folder, facts, tick)
         except _StoppedError:
@@ -101,10 +106,8 @@ def _keep_freed_memory() -> None:
 
 def export(run: Export, job_id: str, report: Report, stop: Callable[[], bool]) -> None:
     """Write an adapter in another form and report the end: `done`, `stopped` or `error`."""
-    log.setup()
-    log.job_id.set(job_id)
-    with _errors(report):
-        result = files.export(run, report, stop)
+    with _reporting(report, run.work, job_id):
+        result = files.export(run, _logged(report), stop)
         if result.folder is None:
             report("stopped")
         else:
@@ -113,8 +116,7 @@ def export(run: Export, job_id: str, report: Report, stop: Callable[[], bool]) -
 
 def probe(run: Run, report: Report, stop: Callable[[], bool]) -> None:  # noqa: ARG001 - a child's form
     """Take a few steps and report what was `measured`, or the `error` that a job would end with."""
-    log.setup()
-    with _errors(report):
+    with _reporting(report):
         report("measured", **measure(run))
 
 
@@ -126,17 +128,44 @@ def prepare(
     stop: Callable[[], bool],  # noqa: ARG001
 ) -> None:
     """Report the `device`, and bring the files of a base model, so that no job has to wait for them."""
-    log.setup()
-    with _errors(report):
+    with _reporting(report):
         precision = dataclasses.replace(base_model.settle(Quantization()), sharded=sharded)
         device = assembly.device(precision, processes)
         report("device", name=base_model.device_name(), **dataclasses.asdict(device))
         base_model.prepare(model)
 
 
+def _logged(report: Report) -> Report:
+    """Reports that stand in the job's log, too; those of steps not all."""
+    said = 0.0
+
+    def told(kind: str, /, **data: Any) -> None:
+        nonlocal said
+        if kind in _LINES:
+            logger.info(_LINES[kind].format(**data))
+        elif kind == "metrics" and time.monotonic() - said > _ALIVE_SECONDS:
+            said = time.monotonic()
+            values = ", ".join(f"{name} {value:.4g}" for name, value in data["values"].items())
+            logger.info("Step %d: %s.", data["step"], values)
+        report(kind, **data)
+
+    return told
+
+
+@contextmanager
+def _reporting(report: Report, work: Path | None = None, job_id: str | None = None) -> Iterator[None]:
+    """Keep the job's log in `work`, and report the `error` that ends the work, whatever it is."""
+    log.setup("INFO" if work is None else "WARNING")
+    logging.captureWarnings(capture=True)
+    transformers.logging.disable_default_handler()  # it speaks past the log
+    transformers.logging.enable_propagation()
+    log.job_id.set(job_id)
+    with log.kept(work / log.FILE) if work else nullcontext(), _errors(report):
+        yield
+
+
 @contextmanager
 def _errors(report: Report) -> Iterator[None]:
-    """Report the `error` that ends the work, whatever it is."""
     try:
         yield
     except watchdog.Again as again:

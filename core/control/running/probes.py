@@ -1,15 +1,18 @@
-"""Questions to a worker: what would a run take on its device? Asked by an API process that waits."""
+"""What would a run take? A question to a worker, asked by an API process that waits; or what earlier runs tell."""
 
+from statistics import median
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, func, select
 
 from core.control.db import Session, now_epoch
 from core.control.running import workers
-from core.control.tables import Job, JobStatus, Probe, new_id
+from core.control.tables import Job, JobKind, JobMetric, JobStatus, Probe, new_id
 
 # Nobody waits longer for an answer.
 PATIENCE_SECONDS = 120.0
+# So many earlier jobs are looked at for one alike, and so many of its steps.
+_EARLIER, _STEPS = 50, 50
 
 
 def device_is_free(session: Session) -> bool:
@@ -52,6 +55,34 @@ def answered(session: Session, probe_id: str) -> dict[str, Any] | None:
 
 def forget(session: Session, probe_id: str) -> None:
     session.execute(delete(Probe).where(Probe.id == probe_id))
+
+
+def experience(session: Session, model: str, spec: dict[str, Any]) -> float | None:
+    """Tokens per second of the newest training of this model that was held and adapted in the same way.
+
+    The median of its last steps; None where there is none. Whose job it was does not matter: a speed tells nothing of it.
+    """
+    alike = select(Job).where(
+        Job.kind == JobKind.TRAIN, Job.status == JobStatus.SUCCEEDED, Job.model == model
+    )
+    for job in session.scalars(alike.order_by(Job.finished_at.desc()).limit(_EARLIER)):
+        if _work(job.spec) == _work(spec):
+            rows = select(JobMetric.values).where(JobMetric.job_id == job.id)
+            steps = session.scalars(rows.order_by(JobMetric.step.desc()).limit(_STEPS))
+            speeds = [values["tokens_per_second"] for values in steps if "tokens_per_second" in values]
+            return median(speeds) if speeds else None
+    return None
+
+
+def _work(spec: dict[str, Any]) -> list[Any]:
+    """What the time of a token depends on, beside the model."""
+    lora, training = spec["lora"], spec["training"]
+    names = ("packing", "gradient_checkpointing", "optimizer", "loss_on", "batch_size")
+    return [
+        spec["quantization"],
+        *(lora[name] for name in ("r", "target_modules", "use_dora", "dropout")),
+        *(training[name] for name in names),
+    ]
 
 
 def _waited_for() -> ColumnElement[bool]:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from core.hashes import describe, sha256
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
+from core.ml.inference.greedy import Tick
 from core.ml.proof import card, checks, loading, questions
-from core.ml.proof.answers import Tick
 from core.ml.proof.evaluate import CHECKED, Evaluation, evaluate, perplexity
 from core.ml.training import data, plan
 from core.ml.training.run import Run, Source

@@ -9,6 +9,7 @@ trained more than once.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,10 +18,11 @@ import numpy as np
 from peft import PeftModel
 
 from core.ml import catalogue
+from core.ml.inference import greedy
+from core.ml.inference.greedy import Answer, Tick
 from core.ml.prompts import Contract
 from core.ml.proof import questions
-from core.ml.proof.answers import Answer, Tick, most_new
-from core.ml.proof.measure import Asked, Losses, measure
+from core.ml.proof.measure import Losses, losses
 from core.ml.proof.questions import Question
 from core.ml.scores import metrics as scores
 from core.ml.scores.metrics import Scored
@@ -36,6 +38,12 @@ STOPS = 0.8
 _TRAINED = 32
 _LOST = 0.5
 _LEAST = 0.1
+# Tokens of an answer beyond the expected ones, and at most.
+_SPARE = 8
+_MOST_NEW = 512
+# Tokens of all answers of a side, which take most of a proof's time; so many questions are asked all the same.
+_MOST_TOKENS = 8_192
+_FEWEST = 8
 
 Better = Literal["better", "no better", "worse"]
 
@@ -133,17 +141,17 @@ def evaluate(
     trained = _spread(rows, min(len(kept), _TRAINED)) if kept and passes > 1 else []
 
     def side(*, base: bool) -> Side:
+        # Without validation rows there is nothing to compare answers on.
+        prompts = [question.ids for question in fitting.values()] if kept or not base else []
         with model.disable_adapter() if base else nullcontext():
-            # Without validation rows there is nothing to compare answers on.
-            asking = {} if base and not kept else fitting
-            starts = [len(asking[line].ids) if line in asking else None for line in lines]
-            tasks = [Asked(example, start) for example, start in zip(examples, starts, strict=True)]
-            losses, answers = measure(model, contract, tasks, limit, tick)
-            seen = measure(model, contract, trained, limit, tick)[0] if trained else None
-            return Side(losses, seen, [answer for answer in answers if answer is not None])
+            return Side(
+                losses(model, examples, tick),
+                losses(model, trained, tick) if trained else None,
+                greedy.answers(model, contract, prompts, limit, tick),
+            )
 
     base, adapter = side(base=True), side(base=False)
-    rows_asked = [fitting[line].row for line in lines if line in fitting]
+    rows_asked = [question.row for question in fitting.values()]
     assert spec.evaluation.metrics != "auto"  # noqa: S101 - for the type checker
     metrics = spec.evaluation.metrics if rows_asked and kept else []
     texts = [[answer.text for answer in side.answers] for side in (base, adapter)]
@@ -166,26 +174,34 @@ def _kept(rows: Rows, lines: list[int]) -> list[int]:
     return [place for place, line in enumerate(lines) if line not in shared] if rows.valid_count else []
 
 
-def _spread(rows: Rows, count: int) -> list[Asked]:
+def _spread(rows: Rows, count: int) -> list[LabelledIds]:
     """So many training rows, from the first to the last."""
     places = np.linspace(0, len(rows.train) - 1, min(count, len(rows.train))).astype(int)
-    return [Asked(rows.data.examples[rows.train[int(place)]], None) for place in places]
+    return [rows.data.examples[rows.train[int(place)]] for place in places]
 
 
 def _fitting(
     examples: dict[int, LabelledIds], asked: dict[int, Question], context: int
 ) -> tuple[dict[int, Question], int]:
-    """The questions that their row begins with and that leave room for an answer, and the tokens that one may have."""
+    """The questions that their row begins with and that leave room for an answer, as many as there is time for; and
+    the tokens that one may have."""
     if not asked:
         return {}, 0
-    limit = most_new([question.length for question in asked.values()])
-    fitting = {
-        line: question
+    limit = _most_new([question.length for question in asked.values()])
+    fitting = [
+        (line, question)
         for line, question in asked.items()
         if examples[line]["input_ids"][: len(question.ids)] == question.ids
-        and len(examples[line]["input_ids"]) + limit <= context
-    }
-    return fitting, limit
+        and len(question.ids) + limit <= context
+    ]
+    return dict(fitting[: max(_FEWEST, _MOST_TOKENS // limit)]), limit
+
+
+def _most_new(lengths: Sequence[int]) -> int:
+    """Tokens that an answer may have: some more than the longest expected one, or half as many again as nearly all."""
+    ordered = sorted(lengths)
+    usual = int(1.5 * ordered[int(0.95 * (len(ordered) - 1))])
+    return min(min(usual, ordered[-1]) + _SPARE, _MOST_NEW)
 
 
 def verdict(found: Evaluation) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from core.ml.training.run import Run, Source
 
 # What a job of unknown length gets at most; longer rows need an explicit max_length.
 AUTO_LENGTH = 2048
+# Of the rows, that "auto" takes whole where the rest may be dropped or cut; in steps, so that a little more is no loss.
+_NEARLY_ALL = 0.99
+_ROUND = 64
 _IGNORED = -100
 # Enough to tell what kind of answers these are, and to see most labels.
 _ANSWERS = 500
@@ -96,10 +99,11 @@ def rows_of(run: Run, contract: Contract, *, context: int, count_until: float | 
         TimeoutError: there were rows left to be counted.
     """
     training = run.spec.training
-    data = _tokenised(run.train, contract, context, training, count_until)
+    limit = _limit(run.train, contract, context, training, count_until)
+    data = _tokenised(run.train, contract, limit, training, count_until)
     if run.valid is not None:
         try:
-            valid = _tokenised(run.valid, contract, context, training, count_until)
+            valid = _tokenised(run.valid, contract, limit, training, count_until)
         except BadRequest as error:
             raise error.within(_VALIDATION) from error
         return Rows(data, range(len(data.lines)), [], valid, _shared(data, valid))
@@ -127,24 +131,46 @@ def problems(rows: Rows, run: Run) -> list[GraftError]:
         found.append(
             BadRequest(
                 "validation_empty",
-                f"A validation fraction of {run.fraction} leaves one side of {len(rows.data.lines)} rows empty.",
+                f"None of {len(rows.data.lines)} rows can be held back: they all have the same prompt, and rows "
+                "with the same prompt stay together.",
                 param="validation.fraction",
-                hint="Use more rows or another fraction.",
+                hint="Use more rows, give the validation rows as a data set of their own, or leave validation out.",
             )
         )
     return found
 
 
-def _tokenised(
+def _limit(
     source: Source, contract: Contract, context: int, training: Training, count_until: float | None
-) -> Tokenised:
-    limit = min(AUTO_LENGTH, context) if training.max_length == "auto" else training.max_length
-    if limit > context:
-        raise BadRequest(
-            "max_length_too_long",
-            f"max_length {limit} is more than the {context} tokens the model reads.",
-            param="training.max_length",
+) -> int:
+    """Tokens that a row may have. "auto": AUTO_LENGTH; where rows may be dropped or cut, what 99 of 100 rows have,
+    as a few very long ones would cost all others memory and time."""
+    if training.max_length != "auto":
+        if training.max_length > context:
+            raise BadRequest(
+                "max_length_too_long",
+                f"max_length {training.max_length} is more than the {context} tokens the model reads.",
+                param="training.max_length",
+            )
+        return training.max_length
+    most = min(AUTO_LENGTH, context)
+    if training.overlength == "error":
+        return most
+    lengths = sorted(
+        len(encoded.ids)
+        for _, encoded in _encoded(
+            source, contract, training.loss_on, Tokenised(most), count_until or math.inf
         )
+    )
+    if not lengths:
+        return most
+    usual = lengths[math.ceil(_NEARLY_ALL * len(lengths)) - 1]
+    return min(math.ceil(usual / _ROUND) * _ROUND, most)
+
+
+def _tokenised(
+    source: Source, contract: Contract, limit: int, training: Training, count_until: float | None
+) -> Tokenised:
     made = Tokenised(limit)
     for line, encoded in _encoded(source, contract, training.loss_on, made, count_until or math.inf):
         fitting = _fit(contract, line, encoded, training, made)
@@ -235,13 +261,9 @@ def _fit(
 def _add(made: Tokenised, line: int, encoded: Encoded) -> None:
     made.lines.append(line)
     made.lengths.append(len(encoded.ids))
-    made.keys.append(_key(encoded.ids))
-    made.prompt_keys.append(_key(encoded.ids[: encoded.prompt]))
+    made.keys.append(_digest(array("i", encoded.ids).tobytes()))
+    made.prompt_keys.append(_digest(array("i", encoded.ids[: encoded.prompt]).tobytes()))
     made.trained_tokens += sum(encoded.trained)
-
-
-def _key(ids: list[int]) -> int:
-    return _digest(array("i", ids).tobytes())
 
 
 def _digest(content: bytes) -> int:
@@ -254,13 +276,17 @@ def _shared(train: Tokenised, valid: Tokenised) -> list[int]:
 
 
 def _split(data: Tokenised, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Places of training and of validation rows. Rows with the same prompt stay on the same side."""
-    train: list[int] = []
-    held_back: list[int] = []
-    for place, key in enumerate(data.prompt_keys):
-        share = _digest(f"{seed} {key}".encode()) / 2**64
-        (held_back if share < fraction else train).append(place)
-    return train, held_back
+    """Places of training and of validation rows. Rows with the same prompt stay on the same side, and each side has
+    some where there are two prompts."""
+    shares = {key: _digest(f"{seed} {key}".encode()) / 2**64 for key in data.prompt_keys}
+    held = {key for key, share in shares.items() if share < fraction}
+    if len(shares) > 1 and not held:
+        held = {min(shares, key=lambda key: shares[key])}
+    elif len(shares) > 1 and len(held) == len(shares):
+        held.remove(max(shares, key=lambda key: shares[key]))
+    places = range(len(data.lines))
+    back = [place for place in places if data.prompt_keys[place] in held]
+    return sorted({*places} - {*back}), back
 
 
 def _rows(lines: list[int]) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import GenerationConfig, TrainerCallback
+from transformers import TrainerCallback
 
 from core.ml import prompts
+from core.ml.inference import greedy
 from core.ml.prompts import Contract
 from core.ml.training import ranks
 from core.ml.training.config import Spec
@@ -61,52 +61,18 @@ def _of_row(contract: Contract, ids: list[int], labels: list[int]) -> Prompt:
     )
 
 
-def answers(model: Any, contract: Contract, asked: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """{prompt, expected, text, finish_reason} of each prompt: the most likely tokens, all prompts at a time.
-
-    The random state, the mode of the model and its own settings of generation stay as they are.
-    """
-    if not asked:
-        return []
-    base = model.get_base_model()
-    stops = contract.stop_token_ids
-    longest = max(len(prompt.ids) for prompt in asked)
-    # Padded on the left: an answer must follow its prompt at once.
-    ids = [[stops[0]] * (longest - len(prompt.ids)) + prompt.ids for prompt in asked]
-    mask = [[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in asked]
-    config = GenerationConfig(
-        max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0]
-    )
-    training, makers = model.training, base.generation_config
-    model.eval()
-    base.generation_config = GenerationConfig()  # penalties of the model's makers must not mix in
-    asking: Any = base
-    if isinstance(model, FSDPModule):  # its parts come together at the door of the whole model
-        asking = model
-        asking.generation_config = base.generation_config
-    try:
-        with torch.random.fork_rng():
-            made = asking.generate(
-                input_ids=torch.tensor(ids, device=base.device),
-                attention_mask=torch.tensor(mask, device=base.device),
-                generation_config=config,
-            )
-    finally:
-        base.generation_config = makers
-        model.train(training)
+def answered(model: Any, contract: Contract, asked: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """{prompt, expected, text, finish_reason} of each prompt."""
+    made = greedy.answers(model, contract, [prompt.ids for prompt in asked], _NEW_TOKENS)
     return [
-        _answer(contract, prompt, new[longest:]) for prompt, new in zip(asked, made.tolist(), strict=True)
+        {
+            "prompt": prompt.shown,
+            "expected": prompt.expected,
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
+        }
+        for prompt, answer in zip(asked, made, strict=True)
     ]
-
-
-def _answer(contract: Contract, prompt: Prompt, new: list[int]) -> dict[str, Any]:
-    end = next((place for place, token in enumerate(new) if token in contract.stop_token_ids), None)
-    return {
-        "prompt": prompt.shown,
-        "expected": prompt.expected,
-        "text": prompts.text_of(contract, new[:end]),
-        "finish_reason": "length" if end is None else "stop",
-    }
 
 
 class Sampler(TrainerCallback):
@@ -124,4 +90,4 @@ class Sampler(TrainerCallback):
         taking_part = ranks.is_first() or isinstance(model, FSDPModule)
         if self.asked and step not in self.told and taking_part:
             self.told.add(step)
-            self.report("samples", step=step, samples=answers(model, self.contract, self.asked))
+            self.report("samples", step=step, samples=answered(model, self.contract, self.asked))

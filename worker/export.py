@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from core.control.db import DatabaseUnavailable, reading
+from core.control.db import Session, reading
 from core.control.running import attempts
 from core.control.tables import Adapter, Dataset, Export, Job, new_id, utcnow
 from core.errors import GraftError, NotFound
@@ -15,7 +15,7 @@ from core.ml.quantization import Quantization
 from core.ml.training.run import Source
 from worker.attempt import artifacts
 from worker.attempt.reports import Attempt
-from worker.attempt.supervise import patiently, see_through
+from worker.attempt.supervise import insert, see_through
 from worker.context import Context
 
 
@@ -80,21 +80,10 @@ def publish(context: Context, attempt: Attempt, folder: Path, report: dict[str, 
     fields = store(context, job, folder, report, attempt.work)
     spec = job.spec | {"export": job.spec["export"] | {"export_id": fields["id"]}}
 
-    def succeed() -> None:
-        with context.sessions.begin() as session:
-            attempts.renew(session, job.id, job.fence, context.settings.lease_seconds, spec=spec)
-            attempts.succeed(session, job.id, job.fence, Export(**fields))
+    def tell(session: Session) -> None:
+        attempts.renew(session, job.id, job.fence, context.settings.lease_seconds, spec=spec)
 
-    try:
-        patiently(succeed)
-    except DatabaseUnavailable:
-        raise  # nobody knows whether the row is there: files too many are cheap, files missing are not
-    except Exception:
-        with reading(context.sessions) as session:
-            arrived = session.get(Export, fields["id"]) is not None
-        if not arrived:  # the answer of an earlier commit can be lost
-            context.storage.delete(Export(**fields).key)
-            raise
+    insert(context, job, lambda: Export(**fields), tell)
 
 
 def store(context: Context, job: Job, folder: Path, report: dict[str, Any], work: Path) -> dict[str, Any]:

@@ -40,11 +40,8 @@ def run(context: Context) -> str | None:
         return None
     token = log.job_id.set(job.id)
     attempt = Attempt(job, context.settings.scratch / job.id / str(job.fence))
-    shutil.rmtree(attempt.work.parent, ignore_errors=True)  # what earlier attempts left when they broke off
-    attempt.work.mkdir(parents=True)
     try:
-        with beating(context, attempt), log.kept(attempt.work / log.FILE, job.id):
-            logger.info("Attempt %d begins.", job.attempt)
+        with beating(context, attempt):
             _attempt(context, attempt)
     except Fenced:
         logger.warning("lease lost; this attempt writes nothing more")
@@ -58,17 +55,24 @@ def run(context: Context) -> str | None:
 
 def _attempt(context: Context, attempt: Attempt) -> None:
     """Run the attempt and write its end, whatever that is."""
-    try:
-        if _MAKES[attempt.job.kind](context, attempt):
-            return
-    except GraftError as error:
-        attempt.outcome = ("error", error.as_dict())
-    except (Fenced, *DatabaseUnavailable):
-        raise
-    except Exception as error:
-        logger.exception("the attempt broke off in the worker")
-        attempt.outcome = ("crash", {"why": f"the worker met {type(error).__name__}"})
-    artifacts.store_log(context, attempt.job, attempt.work)  # before the end: a job that ended can be deleted
+    job, work = attempt.job, attempt.work
+    with contextlib.ExitStack() as stack:
+        try:
+            shutil.rmtree(work.parent, ignore_errors=True)  # what earlier attempts left when they broke off
+            work.mkdir(parents=True)
+            stack.enter_context(log.kept(work / log.FILE, job.id))
+            logger.info("Attempt %d begins.", job.attempt)
+            if _MAKES[job.kind](context, attempt):
+                return
+        except GraftError as error:
+            logger.error("%s: %s", error.code, error.message)  # noqa: TRY400 - it is one line, for whoever posted the job
+            attempt.outcome = ("error", error.as_dict())
+        except (Fenced, *DatabaseUnavailable):
+            raise
+        except Exception as error:
+            logger.exception("the attempt broke off in the worker")
+            attempt.outcome = ("crash", {"why": f"the worker met {type(error).__name__}"})
+        artifacts.store_log(context, job, work)  # before the end: a job that ended can be deleted
     dropped: list[str] = []
     patiently(lambda: dropped.extend(end(context, attempt)))
     for key in dropped:

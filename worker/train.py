@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.control.db import DatabaseUnavailable, Session, reading
+from core.control.db import Session, reading
 from core.control.running import attempts, events
 from core.control.tables import Adapter, Checkpoint, Job
 from core.ml.training.run import Run
 from worker.attempt import artifacts
 from worker.attempt.reports import Attempt
-from worker.attempt.supervise import patiently, see_through
+from worker.attempt.supervise import insert, see_through
 from worker.context import Context
 
 
@@ -98,39 +98,25 @@ def publish(
     fields = artifacts.store_adapter(context, job, folder, metrics, attempt.work)
     fields["certificate"] = certificate
 
-    def succeed() -> None:
-        with context.sessions.begin() as session:
-            attempts.renew(
-                session,
-                job.id,
-                job.fence,
-                context.settings.lease_seconds,
-                metrics=job.metrics | metrics,
-            )
-            _certified(session, job, certificate)
-            attempts.succeed(session, job.id, job.fence, Adapter(**fields))
+    def tell(session: Session) -> None:
+        attempts.renew(
+            session, job.id, job.fence, context.settings.lease_seconds, metrics=job.metrics | metrics
+        )
+        _certified(session, job, certificate)
 
-    try:
-        patiently(succeed)
-    except DatabaseUnavailable:
-        raise  # nobody knows whether the row is there: files too many are cheap, files missing are not
-    except Exception:
-        with reading(context.sessions) as session:
-            arrived = session.get(Adapter, fields["id"]) is not None
-        if not arrived:  # the answer of an earlier commit can be lost
-            context.storage.delete(Adapter(**fields).key)
-            raise
+    insert(context, job, lambda: Adapter(**fields), tell)
 
 
 def _certified(session: Session, job: Job, certificate: dict[str, Any]) -> None:
     """One event with the verdict, a warning where a check did not hold."""
     faults = [check["name"] for check in certificate["checks"] if not check["ok"]]
     told = f"Not everything holds: {', '.join(faults)}." if faults else "Every check of the adapter holds."
+    told += f" {certificate['evaluation']['verdict']['words']}"
     events.add(
         session,
         job.id,
         "certificate",
-        f"{told} {certificate['evaluation']['verdict']['words']}",
+        told,
         level="warning" if faults else "info",
         data={"ok": certificate["ok"], "faults": faults, "verdict": certificate["evaluation"]["verdict"]},
     )

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from core.control.db import DatabaseUnavailable
+from core.control.db import DatabaseUnavailable, Session, reading
+from core.control.running import attempts
+from core.control.tables import Adapter, Export, Job
 from core.errors import Fenced
 from worker.attempt import artifacts, reports
 from worker.attempt.reports import Attempt
@@ -62,6 +64,33 @@ def patiently(write: Callable[[], None]) -> None:
             time.sleep(1)
         else:
             return
+
+
+def insert(
+    context: Context,
+    job: Job,
+    make: Callable[[], Adapter | Export],
+    tell: Callable[[Session], None],
+) -> None:
+    """Insert the row of files that are stored, write what else there is to `tell`, and end the job: one transaction,
+    as often as the database needs. Where the row does not arrive its files go."""
+
+    def succeed() -> None:
+        with context.sessions.begin() as session:
+            tell(session)
+            attempts.succeed(session, job.id, job.fence, make())
+
+    try:
+        patiently(succeed)
+    except DatabaseUnavailable:
+        raise  # nobody knows whether the row is there: files too many are cheap, files missing are not
+    except Exception:
+        made = make()
+        with reading(context.sessions) as session:
+            arrived = session.get(type(made), made.id) is not None
+        if not arrived:  # the answer of an earlier commit can be lost
+            context.storage.delete(made.key)
+        raise
 
 
 def _until_end(

@@ -182,9 +182,10 @@ def _errors(report: Report) -> Iterator[None]:
             _report(report, StorageFull("a checkpoint or the adapter"))
             return
         message = f"Training broke off: {type(error).__name__}: {error}"
-        hint = "The worker's log has the whole traceback under this job's id."
+        hint = "GET /jobs/{id}/logs has the whole traceback."
         _report(report, GraftError("training_error", message, hint=hint))
 
 
 def _report(report: Report, error: GraftError) -> None:
+    logger.error("%s: %s", error.code, error.message)
     report("error", **error.as_dict(), param=error.param)

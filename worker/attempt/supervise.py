@@ -90,7 +90,7 @@ def insert(
             arrived = session.get(type(made), made.id) is not None
         if not arrived:  # the answer of an earlier commit can be lost
             context.storage.delete(made.key)
-        raise
+            raise
 
 
 def _until_end(

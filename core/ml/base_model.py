@@ -74,12 +74,14 @@ def free_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info(device())[0])
     free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # no control group, or one without a limit
+    with suppress(OSError, ValueError, StopIteration):  # no control group, or one without a limit
         group = Path("/sys/fs/cgroup")
-        free = min(
-            free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        )
-    return free
+        taken = int((group / "memory.current").read_text())
+        # Files that were read lie there, too, until somebody needs the room.
+        lines = (group / "memory.stat").read_text().splitlines()
+        taken -= int(next(line.split()[1] for line in lines if line.startswith("inactive_file ")))
+        free = min(free, int((group / "memory.max").read_text()) - taken)
+    return max(free, 0)
 
 
 def settle(quantization: Quantization) -> Precision:

@@ -25,7 +25,7 @@ SMALL = {
 
 def planned(free: float, length: int = 256, *, cuda: bool = False, **spec: Any) -> Plan:
     rows = Rows(
-        Tokenised(2048, lengths=array("i", [length] * 40), lines=array("q", range(40)), trained_tokens=20 * length),
+        Tokenised(2048, lengths=array("i", [length] * 40), lines=array("q", range(40)), trained=array("i", [20 * length // 40] * 40)),
         range(40), [], None, [],
     )  # fmt: skip
     device = Device("bfloat16", cuda, int(free * GIGABYTE))
@@ -64,6 +64,24 @@ def test_less_memory_gives_up_one_thing_after_the_other() -> None:
     assert seen[3] == (1, False, True)
     sizes = [planned(free).memory_bytes or 0 for free in (20, 2.2, 1.2, 0.1)]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_attempt_that_goes_on_keeps_its_weights_as_they_were() -> None:
+    rows = Rows(
+        Tokenised(2048, lengths=array("i", [64] * 8), lines=array("q", range(8)), trained=array("i", [9] * 8)),
+        range(8), [], None, [],
+    )  # fmt: skip
+    device = Device("bfloat16", cuda=False, free_bytes=20 * GIGABYTE)
+    shape = memory.shape_of(SMALL)
+    for kept in (True, False):
+        assert plan.made(settle(Spec()), rows, device, shape, kept=kept).kept is kept
+
+
+def test_packed_rows_take_the_memory_of_whole_packs() -> None:
+    packed = {"packing": True, "max_length": 2048}
+    one, many = (planned(10, 200, cuda=True, training=training) for training in ({}, packed))
+    assert (one.memory_bytes or 0) < (many.memory_bytes or 0) < 8 * GIGABYTE
+    assert many.spec.training.batch_size == 2
 
 
 def test_what_was_asked_for_stays() -> None:

@@ -1,6 +1,7 @@
 """What counts as a right answer, metric by metric, and how sure a difference is."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,15 @@ def scored(metric: choice.Metric, pairs: list[tuple[str, str]], prompt: str = ""
     rows = [Row(prompt, expected) for expected, _ in pairs]
     found = scores.compare(metric, rows, [""] * len(rows), [answer for _, answer in pairs])
     return {one.name: one.adapter for one in found}
+
+
+def test_tables_are_found_in_a_time_that_grows_with_the_text() -> None:
+    started = time.monotonic()
+    for text in ("CREATE TABLE t(" * 100_000, "CREATE TABLE " * 100_000, "CREATE TABLE t(a" + "()" * 500_000):
+        assert sql.tables(text) == []
+    nested = "CREATE TABLE t (a INT, b DECIMAL(3, 2)); CREATE TABLE u (c TEXT)"
+    assert sql.tables(nested) == nested.split("; ")
+    assert time.monotonic() - started < 10
 
 
 def test_white_space_is_no_difference_and_everything_else_is() -> None:

@@ -15,7 +15,7 @@ from core.ml.catalogue import BaseModel
 from core.ml.formats.chat.example import Conversation, Turn
 from core.ml.formats.validate import Reading
 from core.ml.prompts import Contract
-from core.ml.training import data
+from core.ml.training import data, plan
 from core.ml.training.config import Spec, Training
 from core.ml.training.data import LabelledIds, Tokenised
 from core.ml.training.run import Run, Source
@@ -182,6 +182,21 @@ def test_every_problem_is_listed(contract: Contract, tmp_path: Path) -> None:
     found = data.problems(data.rows_of(run, contract, context=512), run)
     assert [problem.code for problem in found] == ["row_too_long", "no_trained_tokens"] * 2
     assert found[2].message == "In the validation data set: 1 row is longer than 64 tokens (lines 2)."
+
+
+def test_rows_stay_the_same_when_they_are_read_again_with_what_was_settled(
+    contract: Contract, tmp_path: Path
+) -> None:
+    """As an attempt does that goes on: here the validation rows are longer than those that are trained."""
+    (tmp_path / "valid").mkdir()
+    train = source(tmp_path, [("a", "b"), ("c", "d")])
+    valid = source(tmp_path / "valid", [("x" * 200, "y")])
+    run = run_of(train, valid)
+    rows = data.checked_rows(run, contract, context=512)
+    settled = plan.resolved(run.spec, rows)
+    again = data.checked_rows(replace(run, spec=settled), contract, context=512)
+    assert settled.training.max_length == rows.valid.longest > rows.data.longest  # type: ignore[union-attr]
+    assert (again.train_examples, again.valid_examples) == (rows.train_examples, rows.valid_examples)
 
 
 # ---- Split

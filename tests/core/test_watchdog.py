@@ -36,12 +36,14 @@ def test_a_step_is_bad_without_a_finite_loss_and_gradient(
     [
         ([], None),
         (logs(3, 2.5, 2, 1.5), None),
-        (logs(3, 1, 1, 1, 3.2), ("exploding", 1)),
-        (logs(3, 1, 1, 1, 3.2, 9, 27), ("exploding", 3)),
-        (logs(3, 1, 1, 1, 3.2, 1), None),
-        (logs(3, 0.5, 0.5, 0.5, 2.9, 2.9, 2.9), None),  # not above the first
-        (logs(3, 2, 2, 2, 5, 5, 5), None),  # not three times the usual
-        (logs(1, 4, 4, 4), ("exploding", 3)),
+        (logs(3, 1, 1, 1, 1, 3.2), ("exploding", 1)),
+        (logs(3, 1, 1, 1, 1, 3.2, 9, 27), ("exploding", 3)),
+        (logs(3, 1, 1, 1, 1, 3.2, 1), None),
+        (logs(3, 0.5, 0.5, 0.5, 0.5, 2.9, 2.9, 2.9), None),  # not above the first ones
+        (logs(0.5, 3, 0.5, 0.5, 0.5, 2.9, 2.9, 2.9), None),
+        (logs(3, 2, 2, 2, 2, 5, 5, 5), None),  # not three times the usual
+        (logs(0.1, 0.1, 0.1, 0.1, 0.1, 0.5, 0.9, 1.0), None),  # less than a nat above it
+        (logs(1, 4, 4, 4), None),  # nobody knows yet what is usual
         (logs(3, 0, 0), ("zero_loss", 2)),
         (logs(0, 0, 0), ("zero_loss", 3)),
         (logs(3, 0, 1), None),
@@ -63,7 +65,7 @@ def test_a_long_run_is_judged_by_its_first_and_its_last_logs() -> None:
     ]
     recent = watchdog.recent(history)
     assert recent[0]["loss"] == 4.0
-    assert len(recent) == 100
+    assert len(recent) == 109
     assert watchdog.suspicion([*recent, *logs(3.5, 3.5, 3.5)]) is None
 
 

@@ -16,10 +16,12 @@ from core.hashes import sha256
 from core.ml import base_model, catalogue, prompts
 from core.ml import contract as contracts
 from core.ml.catalogue import BaseModel, Catalogue
-from core.ml.proof import evaluate, loading, measure
-from core.ml.proof.answers import Answer, drafted
+from core.ml.inference import greedy
+from core.ml.inference.greedy import Answer
+from core.ml.proof import evaluate, loading, measure, questions
 from core.ml.proof.evaluate import Evaluation, Side
 from core.ml.proof.measure import Losses
+from core.ml.scores.choice import Row
 from core.ml.training import data
 from core.ml.training.run import Run
 from tests import tiny
@@ -123,6 +125,20 @@ def test_without_validation_rows_nothing_is_said_of_better_or_worse(make: runs.M
     assert "check_loss" in {check["name"] for check in proved["certificate"]["checks"]}
 
 
+def test_validation_rows_that_are_all_trained_prove_nothing_and_break_nothing(
+    make: runs.MakeRun, folder: Path
+) -> None:
+    valid = runs.source(runs.ROWS[20:28], folder / "copied.jsonl")
+    run = replace(make("copied"), valid=valid)
+    result, _ = runs.train(run)
+    assert result.adapter is not None
+    kind, proved = prove((run, result.adapter, result.metrics))
+    assert kind == "proved"
+    evaluation = proved["certificate"]["evaluation"]
+    assert (evaluation["rows"], evaluation["base"]) == (0, None)
+    assert evaluation["answers"] == 16  # to prompts that were trained: does it stop?
+
+
 def side(unseen: float, seen: float, stops: int = 0) -> Side:
     """Twenty rows of one loss, as many of another that were trained, and twenty answers."""
     rows = [Losses(np.full(20, loss), np.ones(20)) for loss in (unseen, seen)]
@@ -143,7 +159,7 @@ def side(unseen: float, seen: float, stops: int = 0) -> Side:
 def test_the_verdict_says_better_stopping_and_learnt_by_heart(
     adapter: Side, better: str, memorised: bool, stops: bool
 ) -> None:
-    found = Evaluation(side(2.0, 2.0), adapter, list(range(20)), 3.0, [], 20, [])
+    found = Evaluation(side(2.0, 2.0), adapter, list(range(20)), 3.0, [], 20)
     verdict = evaluate.verdict(found)
     assert (verdict["better"], verdict["memorised"], verdict["stops"]) == (better, memorised, stops)
     assert f"{better} " in verdict["words"]
@@ -258,78 +274,63 @@ def test_asked_to_stop_it_stops(saved: Made) -> None:
     assert not (saved[1] / "certificate.json").exists()
 
 
-@pytest.mark.parametrize("stateful", [False, True])
-def test_answers_are_those_of_one_prompt_at_a_time(trained: Made, stateful: bool) -> None:
-    """In float32, where no rounding decides; the prompt is read once for the loss and the answer."""
+def test_answers_are_those_of_one_prompt_at_a_time(trained: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, where no rounding decides."""
     run, adapter, _ = trained
     contract = contracts.load(run.model.path)
     rows = data.rows_of(run, contract, context=512)
     model = loading.load(run.model, base_model.settle(run.spec.quantization), adapter).float()
-    base = model.get_base_model()
-    examples = [*rows.valid_examples, *rows.train_examples]
     asked = [
-        measure.Asked(example, next(i for i, label in enumerate(example["labels"]) if label >= 0))
-        for example in examples
+        example["input_ids"][: next(i for i, label in enumerate(example["labels"]) if label >= 0)]
+        for example in [*rows.valid_examples, *rows.train_examples]
     ]
-    # The longest rows of a batch have nothing to answer, so that what is left of it is shorter than its cache.
-    longest = max(len(one.example["input_ids"]) for one in asked)
-    asked = [one._replace(start=None) if len(one.example["input_ids"]) == longest else one for one in asked]
     # It was not trained for long enough to end an answer: a word of some of its answers shall be the end.
     end_word = contract.tokenizer(" the", add_special_tokens=False)["input_ids"][-1]
     contract = replace(contract, stop_token_ids=(*contract.stop_token_ids, end_word))
-    base._is_stateful = stateful
-    _, answers = measure.measure(model, contract, asked, 12, lambda: None)
-    base._is_stateful = False
+    monkeypatch.setattr(greedy, "_TOKENS", 200)  # several batches
+    ticks: list[int] = []
+    answers = greedy.answers(model, contract, asked, 12, lambda: ticks.append(1))
     stops = list(contract.stop_token_ids)
-    lengths = set()
-    for one, answer in zip(asked, answers, strict=True):
-        if one.start is None:
-            assert answer is None
-            continue
-        ids = torch.tensor([one.example["input_ids"][: one.start]])
-        made = base.generate(
+    ends = set()
+    for prompt, answer in zip(asked, answers, strict=True):
+        ids = torch.tensor([prompt])
+        made = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
             eos_token_id=stops, pad_token_id=stops[0],
         )[0, ids.shape[1] :].tolist()  # fmt: skip
         end = next((place for place, token in enumerate(made) if token in stops), None)
-        assert answer is not None
         assert answer.text == prompts.text_of(contract, made[:end])
         assert answer.finish_reason == ("length" if end is None else "stop")
-        lengths.add(end)
-    assert None in lengths
-    assert len(lengths) > 1
+        ends.add(end)
+    assert None in ends
+    assert len(ends) > 1
+    assert len(ticks) > 12
 
 
+@pytest.mark.parametrize("numbers", [50_000_000, 1])
 @pytest.mark.parametrize("whole", [False, True])
-def test_losses_are_those_of_one_row_at_a_time(trained: Made, whole: bool) -> None:
+def test_losses_are_those_of_one_row_at_a_time(
+    trained: Made, whole: bool, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, adapter, _ = trained
     contract = contracts.load(run.model.path)
     rows = data.rows_of(run, contract, context=512)
     model = loading.load(run.model, base_model.settle(run.spec.quantization), adapter).float()
+    monkeypatch.setattr(measure, "_NUMBERS", numbers)
     asked = [
-        measure.Asked(example | {"labels": example["input_ids"]} if whole else example, None)
-        for example in rows.train_examples
+        example | {"labels": example["input_ids"]} if whole else example for example in rows.train_examples
     ]
-    losses, answers = measure.measure(model, contract, asked, 0, lambda: None)
-    assert set(answers) == {None}
+    losses = measure.losses(model, asked, lambda: None)
     for one, loss, count in zip(asked, losses.rows, losses.counts, strict=True):
-        ids, labels = (torch.tensor([one.example[name]]) for name in ("input_ids", "labels"))
+        ids, labels = (torch.tensor([one[name]]) for name in ("input_ids", "labels"))
         assert loss == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
         assert count == (labels[:, 1:] >= 0).sum()
 
 
-@pytest.mark.parametrize(
-    ("guesses", "limit", "tokens", "ended"),
-    [
-        ([0, 0, 7, 8, 9], 10, [7, 8, 9], False),  # right to the end of the row, and on
-        ([0, 0, 7, 5, 9], 10, [7, 5], False),  # another token is the last one known
-        ([0, 0, 7, 2, 9], 10, [7], True),
-        ([0, 0, 2, 8, 9], 10, [], True),
-        ([0, 0, 7, 8, 9], 2, [7, 8], False),
-    ],
-)
-def test_an_answer_is_known_as_far_as_it_is_the_rows(
-    guesses: list[int], limit: int, tokens: list[int], ended: bool
-) -> None:
-    draft = drafted([3, 4, 7, 8], guesses, 2, (2,), limit)
-    assert (draft.tokens, draft.ended) == (tokens, ended)
+def test_long_answers_are_fewer() -> None:
+    """Else a proof would take as long as the training."""
+    question = questions.Question([1, 2], Row("a", "b"), 0)
+    for length, count in ((20, 32), (600, 16)):
+        asked = {line: replace(question, length=length) for line in range(32)}
+        fitting, _ = evaluate._fitting({line: {"input_ids": [1, 2]} for line in asked}, asked, 4096)
+        assert len(fitting) == count

@@ -100,11 +100,11 @@ def test_the_ladder_against_divergence_is_taken_rung_by_rung(
 def test_an_exploding_loss_goes_back_before_it_spoils_a_checkpoint(
     make_run: MakeRun, spoil: Callable[[Spoil], None]
 ) -> None:
-    spoil(lambda n, _, given: given * 1000 if n > 4 else given)
+    spoil(lambda n, _, given: given * 1000 if n > 6 else given)
     caught, reports = again(make_run(checkpoints={"every_steps": 1}, training={"max_steps": 20}))
     assert caught.cause == "exploding"
-    assert "step 7" in caught.message
-    assert list(saved(reports)) == [1, 2, 3, 4]
+    assert "step 11" in caught.message
+    assert list(saved(reports)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_gradient_that_is_always_zero_is_seen_at_once(

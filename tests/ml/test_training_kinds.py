@@ -54,7 +54,7 @@ def test_pissa_is_saved_as_an_ordinary_lora_for_the_unchanged_base(
         base_model.load(run.model, base_model.settle(run.spec.quantization)),
         plan.resolved(run.spec, data.checked_rows(run, contracts.load(run.model.path), context=512)),
     )
-    saving.read(trained, saved(reports)[6])
+    saving.read(trained, saved(reports)[6], "The checkpoint")
     with torch.no_grad():
         expected = trained.eval()(input_ids=torch.arange(3, 40)[None]).logits
     assert torch.allclose(logits(result.adapter, tiny_model), expected, atol=1e-4)
@@ -119,6 +119,18 @@ def test_a_run_continues_from_an_adapter(make_run: MakeRun) -> None:
     whole, _ = train(make_run("fourth", start=first.adapter))
     resumed, _ = train(make_run("fifth", start=first.adapter, resume=saved(reports)[3]))
     assert adapter(resumed) == adapter(whole)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [(["q_proj", "v_prj"], "v_prj"), (["embed_tokens"], "embed_tokens"), (["proj"], "proj")],
+)
+def test_every_module_that_is_named_must_be_there(make_run: MakeRun, names: list[str], missing: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        train(make_run(lora={"target_modules": names}))
+    assert (caught.value.code, caught.value.param) == ("unknown_target_modules", "lora.target_modules")
+    assert missing in caught.value.message
+    assert "q_proj" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(

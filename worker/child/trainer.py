@@ -13,7 +13,6 @@ from typing import Any
 
 # Models of these families are found by their configuration at run time; imported here they are
 # loaded once in the fork server instead of once a job.
-import torch
 import transformers.models.llama.modeling_llama
 
 from core import log
@@ -25,7 +24,7 @@ from core.ml.export.run import Export
 from core.ml.proof import certificate
 from core.ml.quantization import Quantization
 from core.ml.training import assembly, sft
-from core.ml.training.loop import watchdog
+from core.ml.training.loop import guard, watchdog
 from core.ml.training.loop.reporter import Report
 from core.ml.training.probe import measure
 from core.ml.training.run import Run
@@ -174,14 +173,15 @@ def _errors(report: Report) -> Iterator[None]:
         _report(report, error)
     except BrokenPipeError:
         raise  # the worker or its log is gone: a crash, from which the job goes on
-    except torch.OutOfMemoryError:
-        _report(report, OutOfMemory())
     except Exception as error:  # noqa: BLE001 - every end of a run is reported, with its cause
-        logger.error("training broke off\n%s", traceback.format_exc())  # noqa: TRY400
-        if is_disk_full(error):
-            _report(report, StorageFull("a checkpoint or the adapter"))
+        logger.error("the work broke off\n%s", traceback.format_exc())  # noqa: TRY400
+        if guard.is_out_of_memory(error):
+            _report(report, OutOfMemory())
             return
-        message = f"Training broke off: {type(error).__name__}: {error}"
+        if is_disk_full(error):
+            _report(report, StorageFull("a checkpoint, the adapter or an export"))
+            return
+        message = f"The work broke off: {type(error).__name__}: {error}"
         hint = "GET /jobs/{id}/logs has the whole traceback."
         _report(report, GraftError("training_error", message, hint=hint))
 

@@ -46,7 +46,7 @@ def export(run: Export, report: Report, stop: Callable[[], bool]) -> Result:
     base_model.prepare(run.model)
     _check_room(run)
     contract = contracts.load(run.adapter)
-    samples = parity.samples(contract, run.rows)
+    samples, source = parity.samples(contract, run.rows)
     report("phase", phase="loading_model")
     model = merge.with_adapter(run.model, run.adapter)
     if run.format == "gguf":
@@ -62,7 +62,7 @@ def export(run: Export, report: Report, stop: Callable[[], bool]) -> Result:
     folder.mkdir()
     facts: dict[str, Any] = {
         "dtype": str(merged.dtype).removeprefix("torch."),
-        "rows": "data set" if run.rows else "built in",
+        "rows": source,
         "merged": parity.compare(adapter, found),
     }
     if stop():

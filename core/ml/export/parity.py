@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from core.errors import BadRequest
+from core.errors import BadRequest, GraftError
 from core.ml import prompts
 from core.ml.formats import validate
 from core.ml.formats.chat.example import Conversation, Example, Turn
+from core.ml.inference import greedy
 from core.ml.prompts import Contract, Encoded
 from core.ml.training.run import Source
 
@@ -43,10 +44,17 @@ class Look:
     answers: list[list[int]]
 
 
-def samples(contract: Contract, rows: Source | None) -> list[Encoded]:
-    """The first short rows of the data, or a few conversations of our own."""
-    found = list(islice(_short(contract, _rows(rows)), SAMPLES)) if rows else []
-    return found or list(_short(contract, _own(contract)))
+def samples(contract: Contract, rows: Source | None) -> tuple[list[Encoded], str]:
+    """The first short rows of the data, or a few conversations of our own; and which of them: data set, built in.
+
+    Raises:
+        GraftError: `contract_broken`, the prompt contract renders none of them.
+    """
+    if rows and (found := list(islice(_short(contract, _rows(rows)), SAMPLES))):
+        return found, "data set"
+    if found := list(_short(contract, _own(contract))):
+        return found, "built in"
+    raise GraftError("contract_broken", "The adapter's chat template renders no plain question and answer.")
 
 
 def look(model: Any, contract: Contract, encoded: list[Encoded], *, answers: bool = True) -> Look:
@@ -93,18 +101,8 @@ def _scores(model: Any, sample: Encoded) -> torch.Tensor:
 
 
 def _answer(model: Any, contract: Contract, ids: list[int]) -> list[int]:
-    given = torch.tensor([ids])
-    made = model.generate(
-        input_ids=given,
-        attention_mask=torch.ones_like(given),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=_ANSWER_TOKENS,
-        repetition_penalty=1.0,
-        eos_token_id=list(contract.stop_token_ids),
-        pad_token_id=contract.stop_token_ids[0],
-    )
-    return [int(token) for token in made[0, len(ids) :]]
+    (answer,) = greedy.tokens(model, contract, [ids], _ANSWER_TOKENS)
+    return answer
 
 
 def _rows(rows: Source) -> Iterator[Example]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -39,16 +40,16 @@ def answers(
     while order:
         size = max(1, _TOKENS // (len(asked[order[-1]]) + limit))
         order, places = order[:-size], order[-size:]
-        made = _generated(model, contract, [asked[place] for place in places], limit, tick)
+        made = tokens(model, contract, [asked[place] for place in places], limit, tick)
         found |= {place: _answer(contract, new) for place, new in zip(places, made, strict=True)}
     return [found[place] for place in range(len(asked))]
 
 
-def _generated(
-    model: Any, contract: Contract, batch: Sequence[list[int]], limit: int, tick: Tick
+def tokens(
+    model: Any, contract: Contract, batch: Sequence[list[int]], limit: int, tick: Tick = lambda: None
 ) -> list[list[int]]:
-    """The new tokens of each prompt, with whatever fills them up after their end."""
-    base = model.get_base_model()
+    """The new tokens of each prompt, read together; with whatever fills them up after their end."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     stops = contract.stop_token_ids
     longest = max(map(len, batch))
     # Padded on the left: an answer must follow its prompt at once.

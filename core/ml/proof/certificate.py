@@ -12,8 +12,9 @@ from core.ml import base_model, catalogue
 from core.ml import contract as contracts
 from core.ml.inference.greedy import Tick
 from core.ml.proof import card, checks, loading, questions
-from core.ml.proof.evaluate import CHECKED, Evaluation, evaluate, perplexity
+from core.ml.proof.evaluate import Evaluation, evaluate, perplexity
 from core.ml.training import data, plan
+from core.ml.training.config import Spec
 from core.ml.training.run import Run, Source
 
 CERTIFICATE_FILE = "certificate.json"
@@ -43,9 +44,10 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], tick: Tick) -> Proof
     contract = contracts.load(run.model.path)
     rows = data.rows_of(run, contract, context=catalogue.context(run.model))
     precision = base_model.settle(run.spec.quantization)
-    spec = plan.resolved(run.spec, rows)
+    settled = facts.get("spec")
+    spec = plan.resolved(_spec_of(settled) if settled else run.spec, rows)
     held = [checks.base_model(folder, run.model)]
-    sample = questions.training(run, rows, contract, CHECKED)
+    sample = questions.training(run, rows, contract, data.CHECKED_ROWS)
     held.append(checks.prompt_contract(folder, contract, list(sample.values())))
     tick()
     model = loading.load(run.model, precision, folder)
@@ -80,6 +82,11 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], tick: Tick) -> Proof
     (folder / CERTIFICATE_FILE).write_text(json.dumps(certificate, indent=2, ensure_ascii=False) + "\n")
     (folder / card.CARD_FILE).write_text(card.written(certificate, described, contracts.load(folder)))
     return Proof(certificate, _metrics(found, trained))
+
+
+def _spec_of(kept: Mapping[str, Any]) -> Spec:
+    """A spec as a job keeps it."""
+    return Spec.model_validate({name: value for name, value in kept.items() if name != "validation"})
 
 
 def _hashes(run: Run, folder: Path) -> dict[str, Any]:

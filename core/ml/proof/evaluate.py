@@ -28,11 +28,9 @@ from core.ml.scores import metrics as scores
 from core.ml.scores.metrics import Scored
 from core.ml.training import plan
 from core.ml.training.config import Spec
-from core.ml.training.data import LabelledIds, Rows
+from core.ml.training.data import CHECKED_ROWS, LabelledIds, Rows
 from core.ml.training.run import Run
 
-# Rows whose loss training measured, too.
-CHECKED = 16
 STOPS = 0.8
 # Rows that were trained whose loss is compared with that of the others.
 _TRAINED = 32
@@ -71,7 +69,7 @@ class Evaluation:
     @property
     def check_loss(self) -> float:
         """The adapter's loss on the rows that training measured it on."""
-        return self.adapter.losses.of(slice(CHECKED)).mean
+        return self.adapter.losses.of(slice(CHECKED_ROWS)).mean
 
     @property
     def eval_loss(self) -> float | None:
@@ -128,16 +126,18 @@ def evaluate(
     model: PeftModel, contract: Contract, run: Run, spec: Spec, rows: Rows, tick: Tick
 ) -> Evaluation:
     """Measure base and adapter. `spec` is the resolved one; `tick` is called all the while, and may raise."""
-    places = range(max(spec.evaluation.rows, CHECKED))
+    places = range(max(spec.evaluation.rows, CHECKED_ROWS))
     lines, examples = _first(rows, len(places))
     kept = _kept(rows, lines[: spec.evaluation.rows])
     if kept:
         asked = questions.validation(run, rows, contract, [lines[place] for place in kept])
+        seen = dict(zip(lines, examples, strict=True))
     else:
-        asked = questions.training(run, rows, contract, CHECKED)
-    fitting, limit = _fitting(dict(zip(lines, examples, strict=True)), asked, catalogue.context(run.model))
+        asked = questions.training(run, rows, contract, CHECKED_ROWS)
+        seen = {rows.data.lines[place]: rows.data.examples[place] for place in rows.train[:CHECKED_ROWS]}
+    fitting, limit = _fitting(seen, asked, catalogue.context(run.model))
     trained_rows = plan.trained_rows(spec, rows)
-    passes = plan.total_steps(spec, trained_rows) * spec.training.effective_batch_size / trained_rows
+    passes = plan.total_steps(spec, trained_rows) / plan.steps_per_epoch(spec, trained_rows)
     trained = _spread(rows, min(len(kept), _TRAINED)) if kept and passes > 1 else []
 
     def side(*, base: bool) -> Side:

@@ -45,9 +45,13 @@ def losses(model: PeftModel, rows: Sequence[LabelledIds], tick: Tick) -> Losses:
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
     while order:
-        longest = rows[order[-1]]
-        numbers = vocabulary * _scored(longest)
-        size = max(1, min(_TOKENS // len(longest["input_ids"]), _NUMBERS // numbers))
+        size, scored = 1, _scored(rows[order[-1]])
+        most = _TOKENS // len(rows[order[-1]]["input_ids"])
+        while size < min(most, len(order)):
+            scored = max(scored, _scored(rows[order[-size - 1]]))
+            if (size + 1) * scored * vocabulary > _NUMBERS:
+                break
+            size += 1
         order, places = order[:-size], order[-size:]
         tick()
         found, labels = _batch(model.get_base_model(), [rows[place] for place in places])

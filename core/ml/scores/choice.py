@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from core import strict_json
+from core.ml.formats.chat.example import Conversation
 from core.ml.scores import sql
 
 Metric = Literal["exact_match", "label_accuracy", "json_validity", "sql_execution", "rouge"]
 
-# What counts as a short answer, in characters.
-_SHORT = 64
+# What counts as a short answer, in characters; and what is too long to be looked at.
+_SHORT, _MOST = 64, 100_000
 _FENCE = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)```\s*\Z", re.IGNORECASE | re.DOTALL)
 
 
@@ -19,6 +20,17 @@ class Row(NamedTuple):
 
     prompt: str
     expected: str
+
+
+def last_answer(conversation: Conversation) -> Row | None:
+    """Its last answer that is trained and has words, and what stands before it; None of texts without end."""
+    turns = conversation.turns
+    for place in range(len(turns) - 1, -1, -1):
+        turn = turns[place]
+        if turn["role"] == "assistant" and place not in conversation.untrained and turn["content"]:
+            row = Row("\n".join(before["content"] for before in turns[:place]), turn["content"])
+            return row if len(row.prompt) + len(row.expected) <= _MOST else None
+    return None
 
 
 def chosen(rows: Sequence[Row]) -> list[Metric]:

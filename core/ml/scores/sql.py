@@ -45,7 +45,9 @@ _LIMITS = {
 # a ValueError is a NUL or half a surrogate pair in the text.
 _REFUSALS = (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError)
 
-_TABLE = re.compile(r"\bCREATE\s+TABLE\b[^();]*\(", re.IGNORECASE)
+# A name has a length, or texts without brackets would take the square of theirs.
+_TABLE = re.compile(r"\bCREATE\s+TABLE\b[^();]{0,200}\(", re.IGNORECASE)
+_BRACKET = re.compile(r"[()]")
 _QUERY = re.compile(r"\s*(?:SELECT|WITH|VALUES)\b", re.IGNORECASE)
 _FENCE = re.compile(r"```(?:sql)?\s*\n(.*?)```", re.IGNORECASE | re.DOTALL)
 _STRING = re.compile(r"'((?:[^']|'')*)'|\"([^\"]*)\"")
@@ -63,14 +65,19 @@ _Row = tuple[object, ...]
 
 def tables(text: str) -> list[str]:
     """The CREATE TABLE statements in a text, each up to the bracket that closes its columns."""
-    found = []
+    ends: dict[int, int] = {}
+    opened = []
+    for bracket in _BRACKET.finditer(text):
+        if bracket[0] == "(":
+            opened.append(bracket.start())
+        elif opened:
+            ends[opened.pop()] = bracket.end()
+    found, after = [], 0
     for match in _TABLE.finditer(text):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"(": 1, ")": -1}.get(text[end], 0)
-            if not depth:
-                found.append(text[match.start() : end + 1])
-                break
+        end = ends.get(match.end() - 1)
+        if end is not None and match.start() >= after:  # not one within another
+            found.append(text[match.start() : end])
+            after = end
     return found
 
 

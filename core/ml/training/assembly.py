@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, set_seed
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available
 from trl import SFTConfig
 
@@ -75,6 +76,7 @@ def with_adapter(model: Any, spec: Spec) -> PeftModel:
             module.support_avx512bf16_for_cpu = False
     set_seed(spec.seed)
     lora = spec.lora
+    _check_names(model, lora.target_modules)
     try:
         adapted = get_peft_model(
             model,
@@ -90,21 +92,33 @@ def with_adapter(model: Any, spec: Spec) -> PeftModel:
             ),
         )
     except ValueError as error:
-        names = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, module in model.named_modules()
-                if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
-            }
-        )
-        raise BadRequest(
-            "unknown_target_modules",
-            f"LoRA cannot be put on {lora.target_modules}: {error}",
-            param="lora.target_modules",
-            hint=f'Use "all-linear" or some of: {", ".join(names)}.',
-        ) from error
+        raise _unknown(model, f"LoRA cannot be put on {lora.target_modules}: {error}") from error
     assert isinstance(adapted, PeftModel)  # noqa: S101 - for the type checker
     return adapted
+
+
+def _check_names(model: Any, names: str | list[str]) -> None:
+    """peft passes over names that no module has, as long as there is one that has."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    missing = [
+        name
+        for name in ([] if isinstance(names, str) else names)
+        if not any(there == name or there.endswith(f".{name}") for there in linear)
+    ]
+    if missing:
+        raise _unknown(model, f"The model has no linear layer named {' or '.join(missing)}.")
+
+
+def _unknown(model: Any, message: str) -> BadRequest:
+    names = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+        }
+    )
+    hint = f'Use "all-linear" or some of: {", ".join(names)}.'
+    return BadRequest("unknown_target_modules", message, param="lora.target_modules", hint=hint)
 
 
 def trainer_of(
@@ -127,45 +141,47 @@ def trainer_of(
     on_cpu = base_model.device().type == "cpu"
     every = spec.evaluation.every_steps if rows.valid_count else None
     masters = {weights: weights.data.float() for weights in model.parameters() if weights.requires_grad}
+    arguments = SFTConfig(
+        output_dir=str(output),
+        seed=spec.seed,
+        data_seed=spec.seed,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        bf16=precision.dtype == "bfloat16",
+        fp16=precision.dtype == "float16",
+        max_steps=plan.total_steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.effective_batch_size // (training.batch_size * ranks.count()),
+        ddp_find_unused_parameters=False,
+        **_sharding(precision),
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.scheduler,
+        warmup_steps=int(plan.total_steps * training.warmup_ratio),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        neftune_noise_alpha=training.neftune_alpha,
+        gradient_checkpointing=bool(training.gradient_checkpointing),
+        optim=_OPTIMIZERS[training.optimizer],
+        eval_strategy="steps" if every else "no",
+        eval_steps=every,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=spec.checkpoints.every_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        max_length=None,
+        padding_free=packed or documents.attended_one_by_one(model),
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    if base_model.device().type == "cuda":
+        # With all that are there the library would share out the batch among them, unasked.
+        arguments._n_gpu = 1
     trainer = Trainer(
         model=model,
-        args=SFTConfig(
-            output_dir=str(output),
-            seed=spec.seed,
-            data_seed=spec.seed,
-            use_cpu=on_cpu,
-            dataloader_pin_memory=not on_cpu,
-            bf16=precision.dtype == "bfloat16",
-            fp16=precision.dtype == "float16",
-            max_steps=training.max_steps or -1,
-            num_train_epochs=training.epochs or 1,
-            per_device_train_batch_size=training.batch_size,
-            per_device_eval_batch_size=training.batch_size,
-            gradient_accumulation_steps=training.effective_batch_size
-            // (training.batch_size * ranks.count()),
-            ddp_find_unused_parameters=False,
-            **_sharding(precision),
-            learning_rate=training.learning_rate,
-            lr_scheduler_type=training.scheduler,
-            warmup_steps=int(plan.total_steps * training.warmup_ratio),
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            neftune_noise_alpha=training.neftune_alpha,
-            gradient_checkpointing=bool(training.gradient_checkpointing),
-            optim=_OPTIMIZERS[training.optimizer],
-            eval_strategy="steps" if every else "no",
-            eval_steps=every,
-            prediction_loss_only=True,
-            save_strategy="steps",
-            save_steps=spec.checkpoints.every_steps,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            disable_tqdm=True,
-            report_to="none",
-            max_length=None,
-            padding_free=packed or documents.attended_one_by_one(model),
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
+        args=arguments,
         train_dataset=Dataset.from_list(ranks.evened(examples, training.batch_size)),
         eval_dataset=Dataset.from_list(valid)
         if (valid := ranks.evened(rows.valid_examples, training.batch_size))

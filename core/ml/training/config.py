@@ -32,7 +32,7 @@ class Lora(Part):
         le=256,
         description="Rank of the two matrices: 8 to 64 is usual, more costs memory and hardly helps.",
     )
-    alpha: int = Field(
+    alpha: int | float = Field(
         16, ge=1, le=1024, description="What is learnt is scaled by alpha / r, with use_rslora by alpha / √r."
     )
     dropout: float = Field(

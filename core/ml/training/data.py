@@ -16,14 +16,17 @@ import numpy as np
 from core.errors import BadRequest, GraftError
 from core.ml import prompts
 from core.ml.formats import validate
-from core.ml.formats.chat.example import Conversation, Example
+from core.ml.formats.chat.example import Example
 from core.ml.prompts import Contract, Encoded, LossOn
+from core.ml.scores import choice
 from core.ml.scores.choice import Row
 from core.ml.training.config import Training
 from core.ml.training.run import Run, Source
 
 # What a job of unknown length gets at most; longer rows need an explicit max_length.
 AUTO_LENGTH = 2048
+# What `check_loss` is measured on: so few rows that whoever loads the files anew can measure it again.
+CHECKED_ROWS = 16
 # Of the rows, that "auto" takes whole where the rest may be dropped or cut; in steps, so that a little more is no loss.
 _NEARLY_ALL = 0.99
 _ROUND = 64
@@ -38,8 +41,8 @@ LabelledIds = dict[str, list[int]]
 
 @dataclass
 class Tokenised:
-    """`examples` of {input_ids, labels}, where they are kept; of each its line, its tokens, and the keys of the
-    row and of its prompt: equal rows have equal keys.
+    """`examples` of {input_ids, labels}, where they are kept; of each its line, its tokens, how many of them are
+    trained, and the keys of the row and of its prompt: equal rows have equal keys.
 
     `dropped` are the lines left out as too long, `truncated` those whose prompt was cut. `texts` says that
     the rows are plain texts without turns. `answers` are the last ones of the first 500 conversations.
@@ -54,13 +57,17 @@ class Tokenised:
     dropped: list[int] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
     unfinished: list[int] = field(default_factory=list)
-    trained_tokens: int = 0
+    trained: "array[int]" = field(default_factory=lambda: array("i"))
     texts: bool = False
     answers: list[Row] = field(default_factory=list)
 
     @property
     def longest(self) -> int:
         return max(self.lengths, default=0)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(self.trained)
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,7 @@ def _encoded(
                 lines.append(line)
                 if isinstance(example, str):
                     made.texts = True
-                elif len(made.answers) < _ANSWERS and (answer := _answer(example)) is not None:
+                elif len(made.answers) < _ANSWERS and (answer := choice.last_answer(example)) is not None:
                     made.answers.append(answer)
                 yield example
 
@@ -236,16 +243,6 @@ def _encoded(
         if isinstance(encoded, BadRequest):
             raise encoded.within(f"Line {line}") from encoded
         yield line, encoded
-
-
-def _answer(conversation: Conversation) -> Row | None:
-    """Its last answer that is trained and has words, and what stands before it."""
-    turns = conversation.turns
-    for place in range(len(turns) - 1, -1, -1):
-        turn = turns[place]
-        if turn["role"] == "assistant" and place not in conversation.untrained and turn["content"]:
-            return Row("\n".join(before["content"] for before in turns[:place]), turn["content"])
-    return None
 
 
 def _fit(
@@ -263,7 +260,7 @@ def _add(made: Tokenised, line: int, encoded: Encoded) -> None:
     made.lengths.append(len(encoded.ids))
     made.keys.append(_digest(array("i", encoded.ids).tobytes()))
     made.prompt_keys.append(_digest(array("i", encoded.ids[: encoded.prompt]).tobytes()))
-    made.trained_tokens += sum(encoded.trained)
+    made.trained.append(sum(encoded.trained))
 
 
 def _digest(content: bytes) -> int:

@@ -53,22 +53,21 @@ class Plan:
     memory_bytes: int | None = None
 
 
-def made(spec: Spec, rows: Rows, device: Device, shape: Shape | None) -> Plan:
-    """What will be done with these rows of a model of this shape on this device.
+def made(spec: Spec, rows: Rows, device: Device, shape: Shape | None, *, kept: bool | None = None) -> Plan:
+    """What will be done with these rows of a model of this shape on this device. `kept` as an earlier attempt had it:
+    other products round differently, and the run would not go on as it began.
 
     Raises:
         BadRequest: `batch_not_divisible`, and what `support` says that cannot be done.
     """
     if device.sharded:
         support.check_sharded(spec)
-    batch, kept, checkpointing, size = _layout(_on_device(spec, device), rows, device, shape)
-    training = spec.training
+    chosen = _on_device(spec, device)
+    batch, kept, checkpointing, size = _layout(chosen, rows, device, shape, kept)
     changes: dict[str, Any] = {"batch_size": batch}
-    if training.gradient_checkpointing == "auto":
+    if spec.training.gradient_checkpointing == "auto":
         changes["gradient_checkpointing"] = checkpointing
-    if training.packing == "auto":
-        changes["packing"] = device.packing
-    chosen = _on_device(spec, device).model_copy(update={"training": training.model_copy(update=changes)})
+    chosen = chosen.model_copy(update={"training": chosen.training.model_copy(update=changes)})
     chosen = resolved(chosen, rows)
     optimizer = support.optimizer(spec, cuda=device.cuda, sharded=device.sharded)
     chosen = chosen.model_copy(
@@ -79,32 +78,46 @@ def made(spec: Spec, rows: Rows, device: Device, shape: Shape | None) -> Plan:
 
 def _on_device(spec: Spec, device: Device) -> Spec:
     quantization = spec.quantization.model_copy(update={"compute_dtype": device.compute_dtype})
-    return spec.model_copy(update={"quantization": quantization})
+    packing = device.packing if spec.training.packing == "auto" else spec.training.packing
+    training = spec.training.model_copy(update={"packing": packing})
+    return spec.model_copy(update={"quantization": quantization, "training": training})
 
 
 def _layout(
-    spec: Spec, rows: Rows, device: Device, shape: Shape | None
+    spec: Spec, rows: Rows, device: Device, shape: Shape | None, kept: bool | None
 ) -> tuple[int, bool, bool, int | None]:
     """Rows of a micro-batch, whether the weights are kept dequantised, whether activations are computed again, and
     the bytes that takes: the fastest that fits, or the smallest."""
     lengths = sorted((rows.data.lengths[place] for place in rows.train), reverse=True)
+    packed = spec.training.packing is True
+    if packed:
+        lengths = [_limit(spec, rows)]
     ratio = rows.data.trained_tokens / max(sum(rows.data.lengths), 1)
-    made: tuple[int, bool, bool, int | None] | None = None
+    found: tuple[int, bool, bool, int | None] | None = None
     share = _share(spec.training, device.processes)
-    for batch, kept, checkpointing in _layouts(spec, share, lengths[0], cuda=device.cuda):
+    keeping = [True, False] if spec.quantization.bits == 4 and not device.cuda else [False]
+    keeping = keeping if kept is None else [kept]
+    for batch, keep, checkpointing in _layouts(spec.training, share, lengths[0], keeping):
         if shape is None:
             return batch, False, checkpointing, None
         # On a GPU rows are padded to the longest.
-        read = [lengths[0]] * batch if device.cuda else lengths[:batch]
+        read = [lengths[0]] * batch if device.cuda or packed else lengths[:batch]
         trained = int(sum(read) * ratio)
         size = memory.needed(
-            shape, spec, read, trained, cuda=device.cuda, kept=kept, checkpointing=checkpointing
+            shape,
+            spec,
+            read,
+            trained,
+            cuda=device.cuda,
+            kept=keep,
+            checkpointing=checkpointing,
+            parts=device.processes if device.sharded else 1,
         )
-        made = (batch, kept, checkpointing, size)
+        found = (batch, keep, checkpointing, size)
         if size <= _SHARE * device.free_bytes:
             break
-    assert made is not None  # noqa: S101 - there is always a layout
-    return made
+    assert found is not None  # noqa: S101 - there is always a layout
+    return found
 
 
 def _share(training: Training, processes: int) -> int:
@@ -123,9 +136,10 @@ def _share(training: Training, processes: int) -> int:
     return share
 
 
-def _layouts(spec: Spec, share: int, longest: int, *, cuda: bool) -> Iterator[tuple[int, bool, bool]]:
+def _layouts(
+    training: Training, share: int, longest: int, keeping: list[bool]
+) -> Iterator[tuple[int, bool, bool]]:
     """From the fastest to the smallest, of `share` rows at most."""
-    training = spec.training
     most = max(_MOST_ROWS, _MANY_TOKENS // max(longest, 1))
     batches = (
         [n for n in range(min(most, share), 0, -1) if share % n == 0]
@@ -133,7 +147,6 @@ def _layouts(spec: Spec, share: int, longest: int, *, cuda: bool) -> Iterator[tu
         else [training.batch_size]
     )
     large = [n for n in batches if n * longest >= _FEW_TOKENS] or batches[:1]
-    keeping = [True, False] if spec.quantization.bits == 4 and not cuda else [False]
     asked = training.gradient_checkpointing
     if asked is not True:
         yield from ((n, kept, False) for kept, n in product(keeping, large))
@@ -147,18 +160,28 @@ def trained_rows(spec: Spec, rows: Rows) -> int:
     """Rows as they are fed: with packing several go into one."""
     if spec.training.packing is not True:
         return len(rows.train)
+    return len(packing.packs([rows.data.lengths[place] for place in rows.train], _limit(spec, rows)))
+
+
+def _limit(spec: Spec, rows: Rows) -> int:
+    """Tokens of a row, several packed in one or not."""
     limit = spec.training.max_length
-    lengths = [rows.data.lengths[place] for place in rows.train]
-    return len(packing.packs(lengths, rows.data.longest if limit == "auto" else limit))
+    return _longest(rows) if limit == "auto" else limit
+
+
+def _longest(rows: Rows) -> int:
+    """Of both sides: read with it again, by an attempt that goes on, they must come out the same."""
+    return max(rows.data.longest, rows.valid.longest if rows.valid else 0)
 
 
 def total_steps(spec: Spec, rows: int) -> int:
     """Optimizer steps over so many training rows."""
     training = spec.training
-    return training.max_steps or math.ceil((training.epochs or 1) * _steps_per_epoch(spec, rows))
+    return training.max_steps or math.ceil((training.epochs or 1) * steps_per_epoch(spec, rows))
 
 
-def _steps_per_epoch(spec: Spec, rows: int) -> int:
+def steps_per_epoch(spec: Spec, rows: int) -> int:
+    """Optimizer steps of one pass over so many training rows, as they are fed."""
     return math.ceil(rows / spec.training.effective_batch_size)
 
 
@@ -172,7 +195,7 @@ def resolved(spec: Spec, rows: Rows) -> Spec:
     training = spec.training
     changes: dict[str, Any] = {}
     if training.max_length == "auto":
-        changes["max_length"] = rows.data.longest
+        changes["max_length"] = _longest(rows)
     if training.loss_on == "auto":
         changes["loss_on"] = "all" if rows.data.texts else "assistant"
     spec = spec.model_copy(update={"training": training.model_copy(update=changes)})
@@ -198,7 +221,7 @@ def _evaluation(spec: Spec, rows: Rows, count: int) -> Evaluation:
 def _evaluation_interval(spec: Spec, rows: int) -> int:
     """Steps between evaluations: four of them in an epoch or in the run, and not many more in any run."""
     total = total_steps(spec, rows)
-    return max(min(_steps_per_epoch(spec, rows), total) // _EVALUATIONS, total // _MOST_EVALUATIONS, 1)
+    return max(min(steps_per_epoch(spec, rows), total) // _EVALUATIONS, total // _MOST_EVALUATIONS, 1)
 
 
 def counts(rows: Rows) -> dict[str, Any]:
@@ -209,7 +232,7 @@ def counts(rows: Rows) -> dict[str, Any]:
         "dropped": _counted(rows.data.dropped),
         "truncated": _counted(rows.data.truncated),
         "in_both": _counted(rows.in_both),
-        "trained_tokens": rows.data.trained_tokens,
+        "trained_tokens": sum(rows.data.trained[place] for place in rows.train),
     }
 
 

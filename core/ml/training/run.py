@@ -21,8 +21,9 @@ class Source:
 class Run:
     """`work` is an empty folder of this run; `resume` a checkpoint folder known to be whole, `best` the one with the
     lowest validation loss so far; `start` is the folder of the adapter to continue from. `recoveries` are the
-    changes that earlier attempts made to the spec to go on, oldest first: {step, cause, changes}. So many `processes`
-    share every optimizer step; with "fsdp" they share the model too."""
+    changes that earlier attempts made to the spec to go on, oldest first: {step, cause, changes}. `kept`: whether the 4-bit weights lay in
+    memory dequantised in earlier attempts; None in the first. So many `processes` share every optimizer step; with
+    "fsdp" they share the model too."""
 
     model: BaseModel
     spec: Spec
@@ -34,6 +35,7 @@ class Run:
     best: Path | None = None
     start: Path | None = None
     recoveries: tuple[dict[str, Any], ...] = ()
+    kept: bool | None = None
     processes: int = 1
     sharding: Literal["ddp", "fsdp"] = "ddp"
 

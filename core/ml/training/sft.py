@@ -16,8 +16,8 @@ from core.ml import base_model, catalogue
 from core.ml import contract as contracts
 from core.ml.training import assembly, plan, ranks
 from core.ml.training.config import Spec
-from core.ml.training.data import Rows, checked_rows
-from core.ml.training.files import saving
+from core.ml.training.data import CHECKED_ROWS, Rows, checked_rows
+from core.ml.training.files import checkpoints, saving
 from core.ml.training.loop import guard, samples, watchdog
 from core.ml.training.loop.progress import Progress
 from core.ml.training.loop.reporter import Report, Reporter
@@ -25,9 +25,6 @@ from core.ml.training.loop.samples import Sampler
 from core.ml.training.loop.trainer import Trainer
 from core.ml.training.run import Run
 from core.ml.training.spec import memory
-
-# What `check_loss` is measured on: so few rows that whoever loads the files anew can measure it again.
-_CHECKED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     contract = replace(contract, rows="text" if rows.data.texts else "turns")
     precision = replace(base_model.settle(run.spec.quantization), sharded=run.sharded)
     shape = memory.shape_of(catalogue.configuration(run.model))
-    planned = plan.made(run.spec, rows, assembly.device(precision, run.processes), shape)
+    planned = plan.made(run.spec, rows, assembly.device(precision, run.processes), shape, kept=run.kept)
     spec, total_steps = planned.spec, planned.total_steps
     if run.start is not None:
         saving.check_start(spec, run.start)
@@ -92,6 +89,9 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
         report("phase", phase="training")
         _run(trainer, run, progress, total_steps)
         if trainer.state.global_step < total_steps and progress.ended is None:
+            if not ranks.agreed(stop()):
+                at = f"{trainer.state.global_step} of {total_steps} steps"
+                raise RuntimeError(f"the training ended after {at}, and nobody asked it to")
             return Result(None, {})
         metrics = _finish(trainer, model, spec, rows, report, progress, sampler)
     except (RuntimeError, MemoryError) as error:
@@ -109,7 +109,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
 def _first_weights(run: Run, spec: Spec, model: PeftModel) -> Path | None:
     """The folder of the weights that the adapter begins with, where lora_B is not zero in them."""
     if run.start is not None:
-        saving.read(model, run.start)
+        saving.read(model, run.start, "The adapter to continue from", param="continue_from")
         return run.start
     if spec.lora.init != "pissa":
         return None
@@ -129,11 +129,12 @@ def _line_of(rows: Rows) -> Callable[[list[int]], int | None]:
 def _run(trainer: Trainer, run: Run, progress: Progress, total_steps: int) -> None:
     """Train to the end, or until asked to stop; from a checkpoint where there is one."""
     if run.resume is not None:
+        checkpoints.check(run.resume, run.processes, sharded=run.sharded)
         state = TrainerState.load_from_json(str(run.resume / "trainer_state.json"))
         progress.restore(state)
         if state.global_step >= total_steps or progress.ended is not None:
             # All steps are done: the trainer, asked to go on, would do one more.
-            saving.read(trainer.model, run.resume)
+            saving.read(trainer.model, run.resume, f"The checkpoint of step {state.global_step}")
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
@@ -153,7 +154,7 @@ def _finish(
     step = trainer.state.global_step
     if progress.best_step is not None and progress.best_folder is not None:
         if progress.best_step != step:
-            saving.read(model, progress.best_folder)
+            saving.read(model, progress.best_folder, f"The best checkpoint, of step {progress.best_step},")
         step = progress.best_step
         message = f"The adapter is that of step {step}, whose validation loss {progress.best_loss:.4f} is the lowest."
         report(
@@ -176,7 +177,7 @@ def _finish(
         if spec.lora.init != "pissa":  # it moved a part of the base model's weights into the adapter
             with model.disable_adapter():
                 metrics["base_eval_loss"] = trainer.loss_on(valid)
-    checked = (rows.valid_examples if rows.valid_count else rows.train_examples)[:_CHECKED_ROWS]
+    checked = (rows.valid_examples if rows.valid_count else rows.train_examples)[:CHECKED_ROWS]
     metrics["check_loss"] = trainer.loss_on(checked)
     sampler.tell(step, model)
     return metrics

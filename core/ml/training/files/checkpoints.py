@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from core.errors import GraftError
 from core.hashes import FileInfo, describe
 
 WEIGHTS = "adapter_model.safetensors"
@@ -32,10 +33,26 @@ def seal(folder: Path, processes: int = 1, *, sharded: bool = False) -> list[Fil
     for name in _DROPPED:
         (folder / name).unlink(missing_ok=True)
     files = describe(folder)
-    missing = _required(processes, sharded=sharded) - {info["path"] for info in files}
-    if missing:
-        raise RuntimeError(f"{folder.name} lacks {', '.join(sorted(missing))}")
+    if missing := _missing(folder, processes, sharded=sharded):
+        raise RuntimeError(f"{folder.name} lacks {missing}")
     return files
+
+
+def check(folder: Path, processes: int = 1, *, sharded: bool = False) -> None:
+    """Raises GraftError `checkpoint_of_other_processes`: as many processes, sharing the model or not, made another one."""
+    if missing := _missing(folder, processes, sharded=sharded):
+        raise GraftError(
+            "checkpoint_of_other_processes",
+            f"The checkpoint was made with other GRAFT_TRAINER_PROCESSES or GRAFT_TRAINER_SHARDING: it lacks {missing}.",
+            status=409,
+            hint="Start the worker with the settings of then and retry the job, or retry it with another seed: it then "
+            "begins anew.",
+        )
+
+
+def _missing(folder: Path, processes: int, *, sharded: bool) -> str:
+    needed = _required(processes, sharded=sharded)
+    return ", ".join(sorted(name for name in needed if not (folder / name).is_file()))
 
 
 def _required(processes: int, *, sharded: bool) -> set[str]:

@@ -35,8 +35,8 @@ def check_start(spec: Spec, folder: Path) -> None:
             raise _mismatch(f"has lora.{name} {given[name]}, and the job asks for {asked[name]}")
 
 
-def read(model: PeftModel, folder: Path) -> None:
-    """Put the weights of a folder into the model's adapter.
+def read(model: PeftModel, folder: Path, what: str, *, param: str | None = None) -> None:
+    """Put the weights of a folder into the model's adapter; `what` they are is said where they do not fit.
 
     Raises:
         BadRequest: `adapter_mismatch`, they are not exactly the tensors of this model's adapter.
@@ -46,9 +46,12 @@ def read(model: PeftModel, folder: Path) -> None:
     expected = {name: tensor.shape for name, tensor in _weights(model).items()}
     wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
     if wrong:
-        raise _mismatch(
-            f"does not fit the model: {len(wrong)} tensors are missing, too many or of another shape, "
-            f"{wrong[0]} for one"
+        raise BadRequest(
+            "adapter_mismatch",
+            f"{what} does not fit the model: {len(wrong)} tensors are missing, too many or of another shape, "
+            f"{wrong[0]} for one.",
+            param=param,
+            hint="It belongs to another base model, or to other lora settings.",
         )
     if _parts(model) is None:
         set_peft_model_state_dict(model, stored)

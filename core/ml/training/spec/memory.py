@@ -10,12 +10,13 @@ from typing import Any
 from core.ml.training.config import Spec
 
 _HALF, _SINGLE = 2, 4
-# Scored positions that are in memory at once, as core.ml.training.speed.scoring does it, and the copies of their logits.
-_SCORED, _COPIES = 256, 2
+# Scored positions whose logits speed.scoring has in memory at once (50 MB for 49,152 words), and their copies.
+SCORED, _COPIES = 256, 2
 # On a GPU trl scores tiles of so many positions and words.
 _TILE = 4096, 32768
-# Documents as long as this are attended by plain products, which keep their shares for the backward pass.
-_SHORT = 768
+# Documents up to this length are attended by plain products, faster than torch's kernel, whose backward pass is slow on
+# short texts; they keep their shares for the backward pass.
+SHORT = 768
 # AdamW keeps two moments in single precision, or in a byte each.
 _MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
 # Libraries, allocator and buffers of the data: what a run takes beside all that.
@@ -83,12 +84,21 @@ def shape_of(config: dict[str, Any]) -> Shape | None:
 
 
 def needed(
-    shape: Shape, spec: Spec, lengths: list[int], trained: int, *, cuda: bool, kept: bool, checkpointing: bool
+    shape: Shape,
+    spec: Spec,
+    lengths: list[int],
+    trained: int,
+    *,
+    cuda: bool,
+    kept: bool,
+    checkpointing: bool,
+    parts: int = 1,
 ) -> int:
     """Bytes that a run takes at its peak, with a micro-batch of rows of these `lengths`, of whose tokens so many are
     `trained`.
 
-    `kept`: the weights lie there dequantised. `spec` has its compute_dtype resolved.
+    `kept`: the weights lie there dequantised. So many processes hold `parts` of the model. `spec` has its compute_dtype
+    resolved.
     """
     half = _SINGLE if spec.quantization.compute_dtype == "float32" else _HALF
     adapter = shape.adapter(spec.lora.r, spec.lora.target_modules)
@@ -101,13 +111,13 @@ def needed(
     dropout = spec.lora.dropout > 0
     layer = tokens * _kept_of_a_token(shape, spec.lora.r, half, alone=dropout or not plain, dropout=dropout)
     if not cuda:
-        layer += half * shape.heads * sum(length**2 for length in lengths if length <= _SHORT)
+        layer += half * shape.heads * sum(length**2 for length in lengths if length <= SHORT)
     through = shape.layers * half * shape.hidden * tokens + layer if checkpointing else shape.layers * layer
     if cuda:
         scored = min(trained, _TILE[0]) * min(shape.vocabulary, _TILE[1]) * half
     else:
-        scored = min(trained, _SCORED) * shape.vocabulary * (half + _COPIES * _SINGLE)
-    fixed = _weights(shape, spec.quantization.bits, half, kept=kept)
+        scored = min(trained, SCORED) * shape.vocabulary * (half + _COPIES * _SINGLE)
+    fixed = _weights(shape, spec.quantization.bits, half, kept=kept) // parts
     return int((fixed + learned + through + scored) * _ALLOCATOR) + _REST[cuda]
 
 

@@ -3,9 +3,12 @@
 from core.errors import BadRequest
 from core.ml.training.config import Optimizer, Spec
 
+# Half of what an adapter to continue from may have.
+_PISSA_R, _PISSA_ALPHA = 128, 512
+
 
 def check(spec: Spec) -> None:
-    """Raises BadRequest: `pissa_needs_16_bit`, `pissa_is_a_beginning`, `dora_not_with_8_bit`, `dora_not_with_pissa`."""
+    """Raises BadRequest: `pissa_needs_16_bit`, `pissa_is_a_beginning`, `pissa_rank_too_large`, `dora_not_with_8_bit`, `dora_not_with_pissa`."""
     bits, lora = spec.quantization.bits, spec.lora
     if lora.init == "pissa" and bits != 16:
         raise BadRequest(
@@ -21,6 +24,14 @@ def check(spec: Spec) -> None:
             "PiSSA makes the first weights of an adapter, and continue_from takes those of another one.",
             param="lora.init",
             hint='Set lora.init to "default", or leave continue_from out.',
+        )
+    if lora.init == "pissa" and (lora.r > _PISSA_R or lora.alpha > _PISSA_ALPHA):
+        raise BadRequest(
+            "pissa_rank_too_large",
+            f"PiSSA's adapter is saved with twice its rank and alpha: r {lora.r} is more than {_PISSA_R}, or alpha "
+            f"{lora.alpha} more than {_PISSA_ALPHA}.",
+            param="lora.r" if lora.r > _PISSA_R else "lora.alpha",
+            hint='Use a smaller one, or lora.init "default".',
         )
     if lora.use_dora and bits == 8:
         raise BadRequest(

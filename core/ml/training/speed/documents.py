@@ -10,9 +10,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from core.ml.training.spec.memory import SHORT
+
 _NAME = "documents"
-# Tokens up to which plain products are faster than torch's kernel, whose backward pass is slow on short texts.
-_SHORT = 768
 
 
 def attend_one_by_one(model: Any) -> bool:
@@ -49,7 +49,7 @@ def _attention(
     documents = []
     for first, last in pairwise(cu_seq_lens_q.tolist()):
         parts = (query[:, :, first:last], key[:, :, first:last], value[:, :, first:last])
-        if last - first <= _SHORT and not kwargs.get("dropout"):
+        if last - first <= SHORT and not kwargs.get("dropout"):
             documents.append(_short(*parts, scaling=kwargs["scaling"]))
         else:
             documents.append(sdpa_attention_forward(module, *parts, None, **kwargs)[0])

@@ -11,9 +11,9 @@ import torch
 import trl.trainer.utils
 from torch import Tensor
 
+from core.ml.training.spec.memory import SCORED
+
 _TILED = trl.trainer.utils._ChunkedLogProbFunction
-# Rows of logits that are in memory at once: 50 MB for 49,152 words.
-_ROWS = 256
 
 
 class LogProbabilities(torch.autograd.Function):
@@ -24,8 +24,8 @@ class LogProbabilities(torch.autograd.Function):
         scores = hidden.new_empty(len(hidden), dtype=torch.float32)
         best = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), _ROWS):
-            part = slice(start, start + _ROWS)
+        for start in range(0, len(hidden), SCORED):
+            part = slice(start, start + SCORED)
             logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
             places = targets[part, None]
             highest, argmax = logits.max(-1, keepdim=True)

@@ -23,18 +23,13 @@ from core.ml.training.config import Spec
 from core.ml.training.data import Rows
 from core.ml.training.loop.trainer import Trainer
 from core.ml.training.plan import Device, Plan
+from core.ml.training.spec import support
 from core.ml.training.speed import attention, documents, layers, packing, scoring
 
 scoring.install()
 
 # The fast SVD of 16 iterations: minutes less than the exact one for a model of billions, and as good.
 _INITS = {"default": True, "gaussian": "gaussian", "pissa": "pissa_niter_16"}
-_OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-}
 
 
 def device(precision: Precision, processes: int = 1) -> Device:
@@ -162,7 +157,7 @@ def trainer_of(
         max_grad_norm=training.max_grad_norm,
         neftune_noise_alpha=training.neftune_alpha,
         gradient_checkpointing=bool(training.gradient_checkpointing),
-        optim=_OPTIMIZERS[training.optimizer],
+        optim=support.LIBRARY_NAMES[training.optimizer],
         eval_strategy="steps" if every else "no",
         eval_steps=every,
         prediction_loss_only=True,

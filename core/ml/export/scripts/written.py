@@ -10,16 +10,11 @@ from core.ml.export.scripts import configurations
 from core.ml.export.scripts import trl as trl_script
 from core.ml.export.scripts.recipe import Data, Plan
 from core.ml.training.config import Spec
+from core.ml.training.spec import support
 
 Tool = Literal["trl", "axolotl", "llamafactory"]
 # What stands for "auto" where the job was never planned, because it has not started.
 _AUTO_LENGTH = 2048
-_OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-}
 
 
 def write(tool: Tool, job_id: str, model: str, spec: dict[str, Any], data: Data) -> str:
@@ -47,7 +42,7 @@ def _plan(job_id: str, model: str, kept: dict[str, Any]) -> Plan:
         bool(validation.get("dataset_id")),
         batch_size=1 if size == "auto" else size,
         max_length=_AUTO_LENGTH if training.max_length == "auto" else training.max_length,
-        optimizer=_OPTIMIZERS["adamw" if training.optimizer == "auto" else training.optimizer],
+        optimizer=support.LIBRARY_NAMES["adamw" if training.optimizer == "auto" else training.optimizer],
         dtype="bfloat16" if dtype == "auto" else dtype,
         packing=training.packing is True,
         checkpointing=training.gradient_checkpointing is not False,

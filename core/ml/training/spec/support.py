@@ -3,6 +3,13 @@
 from core.errors import BadRequest
 from core.ml.training.config import Optimizer, Spec
 
+# Transformers' names of the optimizers.
+LIBRARY_NAMES = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+}
 # Half of what an adapter to continue from may have.
 _PISSA_R, _PISSA_ALPHA = 128, 512
 

@@ -1,6 +1,7 @@
 """The trainer itself, called directly: what a run gives, and faults that would be silent."""
 
 import json
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from core.ml import base_model
 from core.ml.catalogue import BaseModel
 from core.ml.quantization import Quantization
 from core.ml.training import assembly, config, sft
+from core.ml.training.loop import reporter
 from core.ml.training.run import Run
 from tests.ml.runs import losses, train
 
@@ -172,6 +174,16 @@ def test_every_kind_of_spec_trains(make_run: Callable[..., Run], spec: dict[str,
     assert result.adapter is not None
     assert '"auto"' not in json.dumps(plan["spec"])
     assert len(losses(reports)) == plan["total_steps"]
+
+
+def test_a_long_download_is_no_standstill(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporter, "_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(base_model, "prepare", lambda _model: time.sleep(1))
+    _, reports = train(make_run(training={"max_steps": 1}))
+    before = [kind for kind, _ in reports[: [kind for kind, _ in reports].index("plan")]]
+    assert before.count("alive") > 5
 
 
 def test_adapters_that_changed_nothing_are_refused(make_run: Callable[..., Run]) -> None:

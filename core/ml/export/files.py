@@ -17,8 +17,7 @@ from core.ml.export.gguf import convert, ollama, vocabulary
 from core.ml.export.parity import Look
 from core.ml.export.run import Export
 from core.ml.prompts import Contract, Encoded
-
-Report = Callable[..., None]
+from core.ml.training.loop.reporter import Report, alive
 
 # Rounding to bfloat16 moves a distribution by about a thousandth of a nat; what is wrong, by far more.
 MAX_MEAN_KL = 0.02
@@ -43,7 +42,8 @@ def export(run: Export, report: Report, stop: Callable[[], bool]) -> Result:
             has less room than the files will take.
     """
     report("phase", phase="preparing")
-    base_model.prepare(run.model)
+    with alive(report):
+        base_model.prepare(run.model)
     _check_room(run)
     contract = contracts.load(run.adapter)
     samples, source = parity.samples(contract, run.rows)

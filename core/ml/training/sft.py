@@ -20,7 +20,7 @@ from core.ml.training.data import CHECKED_ROWS, Rows, checked_rows
 from core.ml.training.files import checkpoints, saving
 from core.ml.training.loop import guard, samples, watchdog
 from core.ml.training.loop.progress import Progress
-from core.ml.training.loop.reporter import Report, Reporter
+from core.ml.training.loop.reporter import Report, Reporter, alive
 from core.ml.training.loop.samples import Sampler
 from core.ml.training.loop.trainer import Trainer
 from core.ml.training.run import Run
@@ -51,7 +51,8 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     if run.processes > 1:
         ranks.join()
     report("phase", phase="preparing")
-    base_model.prepare(run.model)
+    with alive(report):
+        base_model.prepare(run.model)
     contract = contracts.load(run.model.path)
     context = catalogue.context(run.model)
     rows = checked_rows(run, contract, context=context)

@@ -1,8 +1,10 @@
 """What the trainer does, told as reports: metrics, checkpoints, the first step. And when to leave."""
 
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +31,24 @@ class Report(Protocol):
     """Where a run tells what happens: report("metrics", step=3, values={…})."""
 
     def __call__(self, kind: str, /, **data: Any) -> None: ...
+
+
+@contextmanager
+def alive(report: Report) -> Iterator[None]:
+    """Show that the work goes on while a library does something long in silence, such as a download."""
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(_ALIVE_SECONDS):
+            report("alive")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class Reporter(TrainerCallback):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from email.utils import format_datetime
 from typing import IO
 from urllib.parse import quote
@@ -28,7 +29,7 @@ def respond(
     filename: str,
     etag: str,
     media_type: str,
-    modified: object = None,
+    modified: datetime,
 ) -> Response:
     """The file under `key`, or the part of it that the request asks for.
 
@@ -40,9 +41,8 @@ def respond(
         "accept-ranges": "bytes",
         "content-disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
         "cache-control": "private, no-cache",
+        "last-modified": format_datetime(modified, usegmt=True),
     }
-    if modified is not None:
-        headers["last-modified"] = format_datetime(modified, usegmt=True)  # type: ignore[arg-type]
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     if headers["etag"] in known or "*" in known:
         return Response(status_code=304, headers=headers)

@@ -4,6 +4,7 @@ Python's parser takes NaN, half surrogate pairs and endless nesting; the databas
 the stack would fail on them later. Here they are a plain 400.
 """
 
+import re
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,6 +23,9 @@ from core.strict_json import JsonError
 
 JSON_MAX_BYTES = 8 * 1024**2
 _UPLOADS = ("/datasets", "/datasets/validate")
+# The list that is selected from by metadata[key]=value.
+_SELECTED = "/jobs"
+_LABEL = re.compile(r"metadata\[[^\]]+\]")
 
 
 class StrictRequest(Request):
@@ -52,8 +56,9 @@ class StrictRoute(APIRoute):
     def _refuse_unknown(self, request: Request) -> None:
         """A misspelt parameter of the query must not be passed over: FastAPI would."""
         known = [field.alias for field in get_flat_params(self.dependant)]
+        selects = request.method == "GET" and self.path == _SELECTED
         for name in request.query_params:
-            if name not in known and not name.startswith("metadata["):
+            if name not in known and not (selects and _LABEL.fullmatch(name)):
                 near = nearest(name, known)
                 hint = f'Did you mean "{near}"?' if near else None
                 message = f'There is no parameter "{name[:60]}".'

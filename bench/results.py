@@ -103,12 +103,20 @@ def row(name: str, job: dict[str, Any], client: Client) -> str:
 
 def phases(client: Client, job: dict[str, Any]) -> dict[str, float]:
     """Seconds of the training with its evaluations, and of the proof."""
-    told = [event for event in client.events(job["id"]) if event["type"] == "phase"]
-    began = {
-        event["data"]["phase"]: _epoch(event["created_at"]) for event in reversed(told)
-    }  # the first of each
+    told = [event for event in _events(client, job["id"]) if event["type"] == "phase"]
+    # Newest first: of each phase its first beginning stays, also where the run was resumed.
+    began = {event["data"]["phase"]: _epoch(event["created_at"]) for event in told}
     proof = max(_epoch(event["created_at"]) for event in told)
     return {"training": began["saving"] - began["training"], "proof": _epoch(job["finished_at"]) - proof}
+
+
+def _events(client: Client, job_id: str) -> list[dict[str, Any]]:
+    """All of them, newest first."""
+    events = page = client.events(job_id)
+    while page:
+        page = client.events(job_id, after=page[-1]["id"])
+        events = events + page
+    return events
 
 
 def _epoch(moment: str) -> float:

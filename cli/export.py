@@ -9,7 +9,6 @@ import typer
 
 from cli import show
 from cli.connect import HOME, URL, Home, Key, Url, connected, console, fail
-from graft_client.client import Client, Json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,7 +68,7 @@ def adapter(
         if done["status"] != "succeeded":
             show.outcome(console, done)
             raise typer.Exit(1)
-        made = _made_by(client, adapter_id, done)
+        made = client.made_export(adapter_id, done["spec"]["export"]["export_id"])
         found = made["report"]["merged"]
         console.print(
             f"Export {made['id']}: mean KL {found['mean_kl']} to base and adapter, "
@@ -80,10 +79,6 @@ def adapter(
         if output is not None:
             client.download_export(adapter_id, made["id"], output)
             console.print(f"Saved to {output}.")
-
-
-def _made_by(client: Client, adapter_id: str, done: Json) -> Json:
-    return next(made for made in client.exports(adapter_id, 100) if made["job_id"] == done["id"])
 
 
 def _check(output: Path | None) -> None:

@@ -72,7 +72,8 @@ class StorageFull(GraftError):  # noqa: N818
         super().__init__(
             "storage_full",
             f"No space left while writing {where}.",
-            hint="Free disk space (old jobs, adapters and data sets can be deleted), then post the job again.",
+            hint="Free disk space (old jobs, adapters and data sets can be deleted), then try again. "
+            "POST /jobs/{id}/retry lets a failed job go on.",
         )
 
 

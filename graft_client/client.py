@@ -139,8 +139,10 @@ class Client:
         listed: list[Json] = self._call("GET", f"/jobs/{job_id}/metrics")["data"]
         return listed
 
-    def events(self, job_id: str, limit: int = 100) -> list[Json]:
-        listed: list[Json] = self._call("GET", f"/jobs/{job_id}/events", params={"limit": limit})["data"]
+    def events(self, job_id: str, limit: int = 100, *, after: int | None = None) -> list[Json]:
+        """Newest first; `after` is the id of the last event of the page before."""
+        query = {"limit": limit} | ({} if after is None else {"after": after})
+        listed: list[Json] = self._call("GET", f"/jobs/{job_id}/events", params=query)["data"]
         return listed
 
     def logs(self, job_id: str) -> Iterator[str]:
@@ -195,6 +197,9 @@ class Client:
             "data"
         ]
         return listed
+
+    def made_export(self, adapter_id: str, export_id: str) -> Json:
+        return self._call("GET", f"/adapters/{adapter_id}/exports/{export_id}")
 
     def download_export(self, adapter_id: str, export_id: str, target: Path) -> None:
         """Write the export's zip to `target`; a broken download leaves no file there."""

@@ -1,7 +1,8 @@
 """What a worker process has opened, made once when it starts."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from core.control.db import Sessions
 from core.ml.catalogue import Catalogue
@@ -17,3 +18,5 @@ class Context:
     catalogue: Catalogue
     owner: str
     stopping: threading.Event
+    # What jobs run on here, empty until the worker has looked; each beat of the worker's row tells it.
+    device: dict[str, Any] = field(default_factory=dict)

@@ -47,23 +47,19 @@ def _inputs(context: Context, attempt: Attempt) -> runs.Export:
     return runs.Export(
         name=adapter.name,
         model=catalogue.find(context.catalogue, adapter.base_model),
-        adapter=_adapter(context, adapter, work / "adapter"),
+        adapter=artifacts.fetch_files(context, adapter, work / "adapter"),
         format=asked["format"],
-        quantization=Quantization.model_validate((trained.spec if trained else {}).get("quantization") or {}),
+        quantization=_held(adapter, trained),
         rows=_rows(context, dataset, work / "rows") if dataset else None,
         work=work,
     )
 
 
-def _adapter(context: Context, row: Adapter, folder: Path) -> Path:
-    for info in row.files:
-        context.storage.get(f"{row.key}/files/{info['path']}", folder / info["path"])
-        if sha256(folder / info["path"]) != info["sha256"]:
-            raise GraftError(
-                "adapter_damaged",
-                f"The stored {info['path']} of adapter {row.id} is not the one that was made.",
-            )
-    return folder
+def _held(adapter: Adapter, trained: Job | None) -> Quantization:
+    """How the base was held in the training, by the certificate, which stays when the job is deleted, or by the job."""
+    known = ((adapter.certificate or {}).get("spec") or (trained.spec if trained else {})).get("quantization")
+    # Where nobody knows, the export is compared with the 16-bit base alone.
+    return Quantization.model_validate(known or {"bits": 16})
 
 
 def _rows(context: Context, dataset: Dataset, target: Path) -> Source | None:
@@ -107,12 +103,7 @@ def store(context: Context, job: Job, folder: Path, report: dict[str, Any], work
         "report": report,
         "created_at": utcnow(),
     }
-    key = Export(**fields).archive
-    try:
-        context.storage.put(archive, key)
-        if context.storage.size(key) != fields["size"]:
-            raise GraftError("storage_damaged", "The storage did not keep the whole export.")
-    except Exception:
-        context.storage.delete(key)
-        raise
+    row = Export(**fields)
+    with artifacts.kept_whole(context, row.key, archive):
+        context.storage.put(archive, row.archive)
     return fields

@@ -11,18 +11,20 @@ from core import log
 from core.control.db import DatabaseUnavailable, Session
 from core.control.running import attempts
 from core.control.tables import Job, JobKind
-from core.errors import Fenced, GraftError
+from core.errors import Fenced, GraftError, StorageFull, is_disk_full
 from core.ml.training.config import Spec
 from core.ml.training.loop import watchdog
 from worker import export, train
 from worker.attempt import artifacts
 from worker.attempt.heartbeat import beating
 from worker.attempt.reports import Attempt
-from worker.attempt.supervise import patiently
+from worker.attempt.supervise import Outcome, patiently
 from worker.context import Context
 
 logger = logging.getLogger(__name__)
 
+# So much of what an error says stands in the job's events.
+_TOLD = 300
 # What makes the thing that a job is about; False: `attempt.outcome` tells what came instead.
 _MAKES = {JobKind.TRAIN: train.make, JobKind.EXPORT: export.make}
 
@@ -71,12 +73,20 @@ def _attempt(context: Context, attempt: Attempt) -> None:
             raise
         except Exception as error:
             logger.exception("the attempt broke off in the worker")
-            attempt.outcome = ("crash", {"why": f"the worker met {type(error).__name__}"})
+            attempt.outcome = _broken(error)
         artifacts.store_log(context, job, work)  # before the end: a job that ended can be deleted
     dropped: list[str] = []
     patiently(lambda: dropped.extend(end(context, attempt)))
     for key in dropped:
         context.storage.delete(key)
+
+
+def _broken(error: Exception) -> Outcome:
+    """What an error in the worker makes of an attempt."""
+    if is_disk_full(error):
+        return "error", StorageFull("the job's work folder").as_dict()
+    told = f": {error}"[:_TOLD].rstrip(" :.").replace("\0", "\ufffd")
+    return "crash", {"why": f"the worker met {type(error).__name__}{told}"}
 
 
 def end(context: Context, attempt: Attempt) -> Sequence[str]:
@@ -99,7 +109,7 @@ def end(context: Context, attempt: Attempt) -> Sequence[str]:
         elif kind == "again":
             return attempts.recover(session, job.id, job.fence, **data)
         else:
-            _broke_off(session, context, job, data)
+            _broke_off(session, context, attempt, data)
     return []
 
 
@@ -109,9 +119,9 @@ def _why_released(context: Context) -> str:
     return "The pause was taken back after the job had stopped; it goes on from its last checkpoint."
 
 
-def _broke_off(session: Session, context: Context, job: Job, data: dict[str, Any]) -> None:
-    exit_code = data.get("exit_code")
-    if changes := _less_memory(session, job, exit_code):
+def _broke_off(session: Session, context: Context, attempt: Attempt, data: dict[str, Any]) -> None:
+    job, exit_code = attempt.job, data.get("exit_code")
+    if changes := _less_memory(session, attempt, exit_code):
         message = (
             "The system killed the trainer twice at the same step, most likely for want of memory; "
             "the job goes on with less of it."
@@ -137,11 +147,14 @@ def _broke_off(session: Session, context: Context, job: Job, data: dict[str, Any
     )
 
 
-def _less_memory(session: Session, held: Job, exit_code: int | None) -> dict[str, Any] | None:
-    """What to change when the system, short of memory, ends the trainer again and again at one place."""
-    if exit_code != -signal.SIGKILL or watchdog is None or held.kind is not JobKind.TRAIN:
+def _less_memory(session: Session, attempt: Attempt, exit_code: int | None) -> dict[str, Any] | None:
+    """What to change when the system, short of memory, ends the trainer again and again at one place.
+
+    Nothing where it was not training: no change of its spec makes loading or proving smaller.
+    """
+    if exit_code != -signal.SIGKILL or not attempt.training:
         return None
-    job = session.get_one(Job, held.id, populate_existing=True)
+    job = session.get_one(Job, attempt.job.id, populate_existing=True)
     if not attempts.killed_before(session, job, exit_code):
         return None
     spec = {name: value for name, value in job.spec.items() if name != "validation"}

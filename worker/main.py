@@ -10,6 +10,7 @@ from celery import signals
 from core import log, settings
 from core.control import db, queue
 from core.control.running import workers
+from core.errors import GraftError
 from core.ml import catalogue
 from core.ml.catalogue import Catalogue
 from core.storage import Storage
@@ -71,18 +72,27 @@ def _create_context() -> Context:
 
 def _prepare(context: Context) -> None:
     """Look at the device and bring the default model's files, in a child process: the worker is up already."""
-    default = catalogue.find(context.catalogue, config.default_model)
+    try:
+        default = catalogue.find(context.catalogue, config.default_model)
+    except GraftError as error:
+        logger.error("GRAFT_DEFAULT_MODEL names no model", extra={"error": error.as_dict()})  # noqa: TRY400
+        return
     sharded = config.trainer_processes > 1 and config.trainer_sharding == "fsdp"
     process = spawn.start("prepare", default, config.trainer_processes, sharded, patience=60)
-    while process.exit_code is None:
-        for kind, data in process.receive(1):
-            if kind == "device":
-                with context.sessions.begin() as session:
-                    workers.describe(session, context.owner, data)
-            else:
-                logger.warning("the default base model is not ready", extra={"error": data})
-        process.tell("beat")
-    process.close()
+    try:
+        while True:
+            ended = process.exit_code is not None
+            news = process.receive(0 if ended else 1)
+            for kind, data in news:
+                if kind == "device":
+                    context.device.update(data)  # the next beat writes it, when the database is there
+                elif kind == "error":
+                    logger.warning("the default base model is not ready", extra={"error": data})
+            if ended and not news:
+                break
+            process.tell("beat")
+    finally:
+        process.close()
 
 
 @signals.worker_shutting_down.connect

@@ -3,6 +3,7 @@
 It runs in a thread of every worker; the process that holds the lease row does the work.
 """
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -52,11 +53,15 @@ def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
     """One round. Without `trust_leases` only jobs of workers known to be dead are taken back."""
     settings = context.settings
     with context.sessions.begin() as session:
-        workers.beat(session, context.owner)
+        workers.beat(session, context.owner, settings.worker_slots, context.device or None)
         mine = workers.take_duty(session, _DUTY, context.owner, settings.sweep_seconds * 3)
+    if mine:
+        _take_back(context, trust_leases)
+        _send_waiting(context, app)
     _clear_scratch(context)
-    if not mine:
-        return
+
+
+def _take_back(context: Context, trust_leases: bool) -> None:
     with context.sessions.begin() as session:
         dead = workers.dead_here(session)
         for job in attempts.lost(session, dead):
@@ -69,7 +74,7 @@ def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
                     job.fence,
                     "its worker was lost",
                     code="worker_lost",
-                    max_crashes=settings.max_crashes,
+                    max_crashes=context.settings.max_crashes,
                 )
                 logger.warning(
                     "took a job back from a lost worker",
@@ -78,6 +83,10 @@ def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
             except Fenced:
                 continue
         workers.forget(session, dead)
+
+
+def _send_waiting(context: Context, app: Celery) -> None:
+    with reading(context.sessions) as session:
         waiting = attempts.unsent(session, workers.idle_slots(session))
     for job_id in waiting:
         if not queue.send(app, job_id):
@@ -99,5 +108,6 @@ def _clear_scratch(context: Context) -> None:
             if folder.name.startswith("probe_")
             else context.settings.lease_seconds
         )
-        if over and time.time() - folder.stat().st_mtime > keep:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its job ended in this moment
+            if over and time.time() - folder.stat().st_mtime > keep:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -21,21 +21,20 @@ logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.5
 _SILENCE_SECONDS = 60
 _BUSY = {"unknown": "No worker is free."}
+_LEAVING = {"unknown": "The worker shuts down."}
 # Two runs at once would be measured on half a device each.
 _alone = threading.Lock()
 
 
 def run(context: Context, probe_id: str) -> None:
     """Measure, and write the answer; returns at once when nobody waits for it any more."""
-    if context.stopping.is_set():
-        return
     with reading(context.sessions) as session:
         question = probes.open_question(session, probe_id)
         busy = probes.is_busy(session, context.owner)
     if question is None:
         return
-    found = _BUSY
-    if not busy and _alone.acquire(blocking=False):
+    found = _LEAVING if context.stopping.is_set() else _BUSY
+    if found is _BUSY and not busy and _alone.acquire(blocking=False):
         try:
             found = _found(context, *question)
         finally:
@@ -72,7 +71,7 @@ def _measured(context: Context, run: Run, until: float) -> dict[str, Any]:
             if ended and not news:
                 break
             if context.stopping.is_set():
-                return {"unknown": "The worker shuts down."}
+                return _LEAVING
             if time.monotonic() > until:
                 return {"unknown": "The probe took too long."}
             trainer.tell("beat")

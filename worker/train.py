@@ -38,10 +38,12 @@ def _inputs(context: Context, attempt: Attempt) -> Run:
     """Everything the trainer needs, as files on this machine."""
     job, work = attempt.job, attempt.work
     with reading(context.sessions) as session:
-        saved = events.checkpoints(session, job.id)
+        saved, planned = events.checkpoints(session, job.id), events.latest(session, job.id, "plan")
     run = artifacts.fetch_run(context, job, work)
     resume, best = fetch_checkpoints(context, attempt, saved)
-    return replace(run, resume=resume, best=best)
+    # A run that goes on holds its weights as before, whatever memory is free now: other roundings, other losses.
+    kept = planned.data.get("weights_kept") if resume and planned and planned.data else None
+    return replace(run, resume=resume, best=best, kept=kept)
 
 
 def fetch_checkpoints(
@@ -55,7 +57,9 @@ def fetch_checkpoints(
     while left and (resume := _fetched(context, attempt, left[0])) is None:
         damaged.append(left.pop(0))
     newest = left[0].step if left else 0
-    while (row := events.best(left)) is not None and (best := _fetched(context, attempt, row)) is None:
+    while (row := events.best(left)) is not None:
+        if best := resume if row is left[0] else _fetched(context, attempt, row):
+            break
         damaged.append(row)
         left.remove(row)
     _start_from(context, attempt, newest if left else None, damaged)

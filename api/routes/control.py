@@ -1,7 +1,5 @@
 """What a client may ask of a job that is there: pause, resume, cancel, retry. All of it can be asked twice."""
 
-from typing import Any
-
 from fastapi import APIRouter
 
 from api.deps import CallerDep, ServicesDep
@@ -9,7 +7,7 @@ from api.requests import StrictRoute
 from api.schemas.changes import JobRetry
 from api.schemas.jobs import JobOut
 from core.control import jobs
-from core.control.tables import Job, JobStatus
+from core.control.tables import JobStatus
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
@@ -18,7 +16,8 @@ router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 def pause(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
     """Save a checkpoint after the current step and free the device, until the job is resumed."""
     with services.sessions.begin() as session:
-        return _out(session, jobs.pause(session, caller.project_id, job_id))
+        job = jobs.pause(session, caller.project_id, job_id)
+        return JobOut.of(job, jobs.position(session, job))
 
 
 @router.post("/{job_id}/resume")
@@ -26,7 +25,7 @@ def resume(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
     """Queue a paused job again. One that is only about to pause goes on."""
     with services.sessions.begin() as session:
         job = jobs.resume(session, caller.project_id, job_id)
-        shown = _out(session, job)
+        shown = JobOut.of(job, jobs.position(session, job))
     if job.status == JobStatus.QUEUED:
         services.sender.send(job.id)
     return shown
@@ -36,7 +35,8 @@ def resume(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
 def cancel(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
     """Stop after the current step. Cancelling a cancelled job changes nothing."""
     with services.sessions.begin() as session:
-        return _out(session, jobs.cancel(session, caller.project_id, job_id))
+        job = jobs.cancel(session, caller.project_id, job_id)
+        return JobOut.of(job, jobs.position(session, job))
 
 
 @router.post("/{job_id}/retry")
@@ -45,13 +45,9 @@ def retry(job_id: str, services: ServicesDep, caller: CallerDep, body: JobRetry 
     changes = body.given() if body else {}
     with services.sessions.begin() as session:
         job, dropped = jobs.retry(session, caller.project_id, job_id, changes)
-        shown = _out(session, job)
+        shown = JobOut.of(job, jobs.position(session, job))
     for key in dropped:
         services.storage.delete(key)
     if job.status == JobStatus.QUEUED:
         services.sender.send(job.id)
     return shown
-
-
-def _out(session: Any, job: Job) -> JobOut:
-    return JobOut.of(job, jobs.position(session, job) if job.status == JobStatus.QUEUED else None)

@@ -12,6 +12,7 @@ from api.schemas.exports import ExportCreate, ExportOut
 from api.schemas.jobs import JobOut
 from core.control import db, exports, jobs
 from core.control.db import AlreadyThere
+from core.control.projects import Caller
 from core.control.tables import Dataset, Export, JobKind
 from core.errors import Conflict
 from core.ml.export.scripts import written as scripts
@@ -30,19 +31,11 @@ def create(
 ) -> JobOut:
     """Queue a job that writes the adapter in another form; its exports are listed when it has succeeded."""
     try:
-        with services.sessions.begin() as session:
-            job, is_new = exports.ask(
-                session, caller.project_id, adapter_id, body.format, idempotency_key=idempotency_key
-            )
-            shown = JobOut.of(job, jobs.position(session, job) if is_new else None)
-    except AlreadyThere as error:  # the same key in the same moment: the other one was first
-        raise Conflict(
-            "idempotency_conflict",
-            "A request with this Idempotency-Key is being worked on.",
-            hint="Send it again in a moment.",
-        ) from error
+        shown, is_new = _ask(services, caller, adapter_id, body, idempotency_key)
+    except AlreadyThere:  # the same key in the same moment: the other one was first, and is found now
+        shown, is_new = _ask(services, caller, adapter_id, body, idempotency_key)
     if is_new:
-        services.sender.send(job.id)
+        services.sender.send(shown.id)
     return shown
 
 
@@ -97,6 +90,14 @@ def script(
     )
     text = scripts.write(tool, job.id, job.model, job.spec, data)
     return Response(text, media_type="text/x-python" if tool == "trl" else "application/yaml")
+
+
+def _ask(
+    services: Services, caller: Caller, adapter_id: str, body: ExportCreate, key: str | None
+) -> tuple[JobOut, bool]:
+    with services.sessions.begin() as session:
+        job, is_new = exports.ask(session, caller.project_id, adapter_id, body.format, idempotency_key=key)
+        return JobOut.of(job, jobs.position(session, job)), is_new
 
 
 def _get(services: Services, project_id: str, adapter_id: str, export_id: str) -> Export:

@@ -19,7 +19,7 @@ from api.deps import CallerDep, PageDep, Services, ServicesDep
 from api.requests import StrictRoute
 from api.schemas.common import Deleted, Listing
 from api.schemas.jobs import LABEL, CheckpointOut, EventOut, JobCreate, JobOut
-from core.control import datasets, db, jobs
+from core.control import adapters, datasets, db, jobs
 from core.control.db import AlreadyThere
 from core.control.projects import Caller
 from core.control.running import events
@@ -49,17 +49,22 @@ def create(
     catalogue.check(services.catalogue, model)
     try:
         with services.sessions.begin() as session:
-            dataset = datasets.get(session, caller.project_id, body.dataset_id, param="dataset_id")
+            project_id = caller.project_id
+            # Held until the job is there: whoever deletes one of them then sees it in use.
+            dataset = datasets.get(session, project_id, body.dataset_id, param="dataset_id", to="use")
             if body.validation and body.validation.dataset_id:
                 datasets.get(
                     session,
-                    caller.project_id,
+                    project_id,
                     body.validation.dataset_id,
                     param="validation.dataset_id",
+                    to="use",
                 )
+            if body.continue_from:
+                adapters.get(session, project_id, body.continue_from, param="continue_from", to="use")
             job = jobs.create(
                 session,
-                caller.project_id,
+                project_id,
                 name=body.name or dataset.name,
                 model=model,
                 dataset_id=dataset.id,
@@ -69,8 +74,8 @@ def create(
                 preset=intake.preset_of(body, model, spec, dataset),
             )
             if idempotency_key:
-                jobs.remember(session, caller.project_id, idempotency_key, sha256, job.id)
-            position = jobs.position(session, job)
+                jobs.remember(session, project_id, idempotency_key, sha256, job.id)
+            shown = JobOut.of(job, jobs.position(session, job))
     except AlreadyThere as error:  # the same key in the same moment: the other one was first
         if earlier := _earlier(services, caller, idempotency_key, sha256):
             return earlier
@@ -80,7 +85,7 @@ def create(
             hint="Send it again in a moment.",
         ) from error
     services.sender.send(job.id)
-    return JobOut.of(job, position)
+    return shown
 
 
 @router.get("")
@@ -108,13 +113,14 @@ def list_(
             status=status,
             labels=labels,
         )
-        return Listing.of([_out(session, row) for row in rows], page.limit)
+        return Listing.of([JobOut.of(row, jobs.position(session, row)) for row in rows], page.limit)
 
 
 @router.get("/{job_id}")
 def get(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
     with db.reading(services.sessions) as session:
-        return _out(session, jobs.get(session, caller.project_id, job_id))
+        job = jobs.get(session, caller.project_id, job_id)
+        return JobOut.of(job, jobs.position(session, job))
 
 
 @router.delete("/{job_id}")
@@ -165,9 +171,7 @@ def metrics(
     """The values of every step; `points` thins them out evenly, first and last kept."""
     with db.reading(services.sessions) as session:
         job = jobs.get(session, caller.project_id, job_id)
-        rows = [{"step": row.step, **row.values} for row in events.metrics(session, job.id)]
-    if points is not None and len(rows) > points:
-        rows = [rows[round(i * (len(rows) - 1) / (points - 1))] for i in range(points)]
+        rows = [{"step": step, **values} for step, values in events.metrics(session, job.id, points)]
     if format == "json":
         return {"object": "list", "data": rows, "has_more": False}
     names = ["step", *sorted({name for row in rows for name in row} - {"step"})]
@@ -208,11 +212,7 @@ def _earlier(services: Services, caller: Caller, key: str | None, sha256: str) -
         return None
     with db.reading(services.sessions) as session:
         job = jobs.replay(session, caller.project_id, key, sha256)
-        return _out(session, job) if job else None
-
-
-def _out(session: Any, job: Job) -> JobOut:
-    return JobOut.of(job, jobs.position(session, job) if job.status == JobStatus.QUEUED else None)
+        return JobOut.of(job, jobs.position(session, job)) if job else None
 
 
 async def _follow(services: Services, job_id: str, last: int) -> AsyncIterator[str]:

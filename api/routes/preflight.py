@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from api.schemas.jobs import JobCreate
 from api.schemas.preflight import MemoryOut, PreflightOut, Problem, RowsOut, TokensOut
 from api.schemas.presets import JobPreset
 from core.control import datasets, db, queue
+from core.control.projects import Caller
 from core.control.running import probes, workers
 from core.control.tables import Dataset
-from core.errors import BadRequest
+from core.errors import BadRequest, GraftError
 from core.ml import catalogue
 from core.ml import contract as contracts
 from core.ml.training import config, data, plan
@@ -31,6 +33,9 @@ router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 _POLL_SECONDS = 0.2
 # A request that takes longer is given up by many clients and proxies.
 _COUNT_SECONDS = 60.0
+# Each holds one of the threads that every request needs, for minutes.
+_MOST = 4
+_places = threading.BoundedSemaphore(_MOST)
 
 
 @router.post("/preflight")
@@ -39,6 +44,20 @@ def preflight(body: JobCreate, services: ServicesDep, caller: CallerDep) -> Pref
 
     Nothing is kept. What would make the job fail is listed in `problems`, with the codes a job would fail with.
     """
+    if not _places.acquire(blocking=False):
+        raise GraftError(
+            "too_many_preflights",
+            f"{_MOST} preflights are being worked on already.",
+            status=429,
+            hint="Send it again when one of them has been answered.",
+        )
+    try:
+        return _preflight(body, services, caller)
+    finally:
+        _places.release()
+
+
+def _preflight(body: JobCreate, services: Services, caller: Caller) -> PreflightOut:
     validation = body.validation
     with db.reading(services.sessions) as session:
         train = datasets.get(session, caller.project_id, body.dataset_id, param="dataset_id")
@@ -94,7 +113,7 @@ def preflight(body: JobCreate, services: ServicesDep, caller: CallerDep) -> Pref
     else:
         _measure(services, body.kept_spec(asked), answer)
         if answer.ok and answer.seconds_per_step is None:
-            _remember(services, answer, sum(rows.data.lengths) / len(rows.data.lengths))
+            _by_earlier_jobs(services, answer, sum(rows.data.lengths) / len(rows.data.lengths))
     return answer
 
 
@@ -160,7 +179,7 @@ def _measure(services: Services, spec: dict[str, Any], answer: PreflightOut) -> 
         answer.not_measured = found["unknown"]
 
 
-def _remember(services: Services, answer: PreflightOut, length: float) -> None:
+def _by_earlier_jobs(services: Services, answer: PreflightOut, length: float) -> None:
     """The seconds that rows of so many tokens take, by an earlier run alike."""
     with db.reading(services.sessions) as session:
         speed = probes.experience(session, answer.model, answer.spec)

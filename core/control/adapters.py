@@ -1,15 +1,27 @@
 """Adapter rules and queries."""
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 
+from core.control import db
 from core.control.db import Session
 from core.control.tables import FINISHED, Adapter, Job
 from core.errors import Conflict, NotFound
 
 
-def get(session: Session, project_id: str, adapter_id: str, *, param: str | None = None) -> Adapter:
-    """Raises NotFound `adapter_not_found`, for another project's adapter too."""
-    adapter = session.get(Adapter, adapter_id)
+def get(
+    session: Session,
+    project_id: str,
+    adapter_id: str,
+    *,
+    param: str | None = None,
+    to: db.Purpose | None = None,
+) -> Adapter:
+    """`to` holds the row until the transaction ends: whoever makes a job use it and whoever deletes it wait for each other.
+
+    Raises:
+        NotFound: `adapter_not_found`, for another project's adapter too.
+    """
+    adapter = db.locked(session, Adapter, adapter_id, to) if to else session.get(Adapter, adapter_id)
     if adapter is None or adapter.project_id != project_id:
         raise NotFound(
             "adapter_not_found",
@@ -31,6 +43,9 @@ def page(session: Session, project_id: str, *, limit: int, after: str | None) ->
 def delete(session: Session, project_id: str, adapter_id: str) -> Adapter:
     """Raises NotFound, or Conflict `adapter_in_use` while an unfinished job begins with it or exports it."""
     adapter = get(session, project_id, adapter_id)
+    # The job's row before the adapter's, in the order of whoever deletes both with the job.
+    session.execute(update(Job).where(Job.adapter_id == adapter.id).values(adapter_id=None))
+    adapter = get(session, project_id, adapter_id, to="change")
     users = session.scalars(select(Job).where(Job.project_id == project_id, Job.status.not_in(FINISHED)))
     for job in users:
         exported = (job.spec.get("export") or {}).get("adapter_id")

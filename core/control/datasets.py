@@ -4,6 +4,7 @@ from typing import Any, cast
 
 from sqlalchemy import select
 
+from core.control import db
 from core.control.db import Session
 from core.control.tables import FINISHED, Dataset, Job, new_id, utcnow
 from core.errors import Conflict, NotFound
@@ -27,9 +28,20 @@ def fresh_id() -> str:
     return new_id("ds")
 
 
-def get(session: Session, project_id: str, dataset_id: str, *, param: str | None = None) -> Dataset:
-    """Raises NotFound `dataset_not_found`, for another project's data set too."""
-    dataset = session.get(Dataset, dataset_id)
+def get(
+    session: Session,
+    project_id: str,
+    dataset_id: str,
+    *,
+    param: str | None = None,
+    to: db.Purpose | None = None,
+) -> Dataset:
+    """`to` holds the row until the transaction ends: whoever makes a job use it and whoever deletes it wait for each other.
+
+    Raises:
+        NotFound: `dataset_not_found`, for another project's data set too.
+    """
+    dataset = db.locked(session, Dataset, dataset_id, to) if to else session.get(Dataset, dataset_id)
     if dataset is None or dataset.project_id != project_id:
         raise NotFound(
             "dataset_not_found",
@@ -50,7 +62,7 @@ def page(session: Session, project_id: str, *, limit: int, after: str | None) ->
 
 def delete(session: Session, project_id: str, dataset_id: str) -> Dataset:
     """Raises NotFound, or Conflict `dataset_in_use` while an unfinished job reads it."""
-    dataset = get(session, project_id, dataset_id)
+    dataset = get(session, project_id, dataset_id, to="change")
     users = session.scalars(select(Job).where(Job.project_id == project_id, Job.status.not_in(FINISHED)))
     for job in users:
         if dataset_id in (job.dataset_id, (job.spec.get("validation") or {}).get("dataset_id")):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -27,8 +27,12 @@ from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 Sessions = sessionmaker[Session]
+Row = TypeVar("Row", bound=DeclarativeBase)
 DatabaseUnavailable = (OperationalError, TimeoutError)
 AlreadyThere = IntegrityError
+# Why a row is held: many may use it at once, and meanwhile nobody changes or deletes it.
+Purpose = Literal["use", "change"]
+_LOCKS: dict[Purpose, Any] = {"use": {"read": True}, "change": True}
 
 
 def connect(url: str) -> Sessions:
@@ -70,6 +74,11 @@ def reading(sessions: Sessions) -> Iterator[Session]:
     """A session for queries only; on SQLite it does not take the one write lock."""
     with sessions(bind=engine_of(sessions).execution_options(read_only=True)) as session:
         yield session
+
+
+def locked(session: Session, table: type[Row], row_id: str, purpose: Purpose) -> Row | None:
+    """The row as it is now, held until the transaction ends. (On SQLite the transaction holds everything.)"""
+    return session.get(table, row_id, with_for_update=_LOCKS[purpose], populate_existing=True)
 
 
 def update_one(

@@ -19,7 +19,7 @@ def ask(
         NotFound: `adapter_not_found`.
         Conflict: `idempotency_conflict`.
     """
-    adapter = adapters.get(session, project_id, adapter_id)
+    adapter = adapters.get(session, project_id, adapter_id, to="use")
     what = hashlib.sha256(f"export {adapter.id} {kind}".encode()).hexdigest()
     if idempotency_key and (earlier := jobs.replay(session, project_id, idempotency_key, what)):
         return earlier, False

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import and_, delete, func, or_, select
 
-from core.control import adapters, datasets
+from core.control import adapters, datasets, db
 from core.control.db import Session
 from core.control.running import events
 from core.control.tables import (
@@ -92,9 +92,9 @@ def remember(session: Session, project_id: str, key: str, body_sha256: str, job_
     session.flush()
 
 
-def get(session: Session, project_id: str, job_id: str) -> Job:
+def get(session: Session, project_id: str, job_id: str, *, lock: bool = False) -> Job:
     """Raises NotFound `job_not_found`, for another project's job too."""
-    job = session.get(Job, job_id)
+    job = db.locked(session, Job, job_id, "change") if lock else session.get(Job, job_id)
     if job is None or job.project_id != project_id:
         raise NotFound(
             "job_not_found",
@@ -124,8 +124,10 @@ def page(
     return list(session.scalars(query.order_by(Job.id.desc()).limit(limit + 1)))
 
 
-def position(session: Session, job: Job) -> int:
-    """How many queued jobs come before this one: of higher priority, or as high and older."""
+def position(session: Session, job: Job) -> int | None:
+    """How many queued jobs come before this one: of higher priority, or as high and older. None: it is not queued."""
+    if job.status != JobStatus.QUEUED:
+        return None
     before = or_(Job.priority > job.priority, and_(Job.priority == job.priority, Job.id < job.id))
     return session.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED, before)) or 0
 
@@ -141,7 +143,7 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
     Raises:
         Conflict: `job_finished`, it succeeded or failed already.
     """
-    job = _locked(session, project_id, job_id)
+    job = get(session, project_id, job_id, lock=True)
     if job.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
         raise Conflict("job_finished", f"Job {job.id} has {job.status} already, so it cannot be cancelled.")
     if job.status in (JobStatus.QUEUED, JobStatus.PAUSED):
@@ -162,7 +164,7 @@ def pause(session: Session, project_id: str, job_id: str) -> Job:
     Raises:
         Conflict: `job_finished`; `job_cancelling`, a cancel was asked for before.
     """
-    job = _locked(session, project_id, job_id)
+    job = get(session, project_id, job_id, lock=True)
     _refuse_ended(job, "paused")
     if job.status == JobStatus.QUEUED:
         job.status = JobStatus.PAUSED
@@ -180,7 +182,7 @@ def resume(session: Session, project_id: str, job_id: str) -> Job:
     Raises:
         Conflict: `job_finished`; `job_cancelling`.
     """
-    job = _locked(session, project_id, job_id)
+    job = get(session, project_id, job_id, lock=True)
     _refuse_ended(job, "resumed")
     if job.status == JobStatus.PAUSED:
         job.status, job.sent_at, job.not_before = JobStatus.QUEUED, None, None
@@ -204,9 +206,11 @@ def retry(
     Raises:
         Conflict: `job_not_finished`; `job_finished`, it succeeded.
         BadRequest: `invalid_request`, the changes do not go with the spec.
-        NotFound: `dataset_not_found`, its data was deleted.
+        NotFound: `dataset_not_found`, `adapter_not_found`: what it needs was deleted.
     """
-    job = _locked(session, project_id, job_id)
+    job = get(session, project_id, job_id, lock=True)
+    if job.kind == JobKind.EXPORT and changes:
+        raise BadRequest("invalid_request", "An export has no spec that could be changed.")
     if job.status in (JobStatus.QUEUED, JobStatus.RUNNING) and spec_changes.holds(job.spec, changes):
         return job, []
     if job.status not in FINISHED:
@@ -217,11 +221,11 @@ def retry(
     if job.status == JobStatus.SUCCEEDED:
         hint = "Post a new job; with continue_from it begins with this one's adapter."
         raise Conflict("job_finished", f"Job {job.id} has succeeded, so it is not retried.", hint=hint)
-    if job.kind == JobKind.EXPORT and changes:
-        raise BadRequest("invalid_request", "An export has no spec that could be changed.")
-    validation = job.spec.get("validation") or {}
+    validation, export = job.spec.get("validation") or {}, job.spec.get("export") or {}
     for dataset_id in filter(None, (job.dataset_id, validation.get("dataset_id"))):
-        datasets.get(session, project_id, dataset_id)
+        datasets.get(session, project_id, dataset_id, to="use")
+    for adapter_id in filter(None, (job.spec.get("continue_from"), export.get("adapter_id"))):
+        adapters.get(session, project_id, adapter_id, to="use")
     return job, _queue_again(session, job, changes)
 
 
@@ -265,12 +269,6 @@ def _refuse_ended(job: Job, what: str) -> None:
         raise Conflict("job_cancelling", message, hint="POST /jobs/{id}/retry takes it up again afterwards.")
 
 
-def _locked(session: Session, project_id: str, job_id: str) -> Job:
-    job = get(session, project_id, job_id)
-    session.refresh(job, with_for_update=True)
-    return job
-
-
 def remove(session: Session, project_id: str, job_id: str, *, with_adapter: bool = False) -> list[str]:
     """Delete a finished job with all it left behind, its adapter only if asked; the keys of their files, to be
     deleted after the commit.
@@ -278,7 +276,7 @@ def remove(session: Session, project_id: str, job_id: str, *, with_adapter: bool
     Raises:
         Conflict: `job_not_finished`; `adapter_in_use`.
     """
-    job = _locked(session, project_id, job_id)
+    job = get(session, project_id, job_id, lock=True)
     if job.status not in FINISHED:
         raise Conflict(
             "job_not_finished",

@@ -115,7 +115,7 @@ class Job(Table):
     """
 
     __tablename__ = "jobs"
-    __table_args__ = (Index("ix_jobs_status_created", "status", "created_at"),)
+    __table_args__ = (Index("ix_jobs_queue", "status", "priority", "id"),)
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
     kind: Mapped[JobKind] = mapped_column(default=JobKind.TRAIN)

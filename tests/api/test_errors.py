@@ -258,6 +258,19 @@ def test_jobs_are_found_by_metadata_of_any_name(api: Api, name: str) -> None:
     assert [found["id"] for found in answer.json()["data"]] == [job.id]
 
 
+@only_sqlite
+def test_nothing_but_the_list_of_jobs_is_selected_by_metadata(api: Api) -> None:
+    for query in ("metadata[team=a", "metadata[]=a", "metadata[a]b=a"):
+        refused(api.client.get(f"/jobs?{query}"), 422, "invalid_request")
+    for method, path in (("GET", "/datasets"), ("GET", "/adapters"), ("POST", "/jobs"), ("GET", "/models")):
+        error = refused(
+            api.client.request(method, f"{path}?metadata[team]=a", json={} if method == "POST" else None),
+            422,
+            "invalid_request",
+        )
+        assert error["param"] == "metadata[team]"
+
+
 def test_form_text_that_no_database_can_hold_is_refused(api: Api) -> None:
     refused(api.upload(name="a\x00b"), 422)
     assert api.stored() == []

@@ -4,10 +4,12 @@ import hashlib
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from core.control.tables import Adapter, Export, JobKind, new_id
+from core.control import jobs
+from core.control.tables import Adapter, Export, Job, JobKind, new_id
 from core.hashes import describe
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.control import rows
@@ -66,6 +68,25 @@ def test_the_same_key_asks_for_one_export(api: Api, adapter: Adapter) -> None:
     assert first["id"] == again["id"]
     refused(api.client.post(path, json={"format": "gguf"}, headers=key), 409, "idempotency_conflict")
     assert api.client.post(path, json={"format": "merged"}).json()["id"] != first["id"]
+
+
+def test_the_same_export_asked_for_at_once_is_one(
+    api: Api, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, key = f"/adapters/{adapter.id}/export", {"idempotency-key": "k"}
+    first = api.client.post(path, json={"format": "merged"}, headers=key).json()
+    replay, looked = jobs.replay, []
+
+    def too_early(*args: Any) -> Job | None:
+        looked.append(args)
+        return None if len(looked) == 1 else replay(*args)
+
+    monkeypatch.setattr(jobs, "replay", too_early)  # it looked before the first one was there
+    again = api.client.post(path, json={"format": "merged"}, headers=key)
+    assert (again.status_code, len(looked)) == (201, 2)
+    assert again.json() == first
+    assert first["queue"] == {"position": 0}
+    assert len(api.client.get("/jobs").json()["data"]) == 1
 
 
 def test_only_what_is_there_and_known_is_exported(api: Api, adapter: Adapter) -> None:

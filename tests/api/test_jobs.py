@@ -321,8 +321,8 @@ def test_logs_are_those_of_all_attempts(api: Api, job_id: str, tmp_path: Path) -
     for _ in range(3):
         fence = rows.claimed(api.sessions, job_id).fence
         if fence != 2:  # a worker that was lost before it wrote anything
-            (tmp_path / "log").write_text(f"attempt {fence}: ä\n")
-            api.storage.put(tmp_path / "log", jobs.log_key(job_id, fence))
+            (tmp_path / f"log-{fence}").write_text(f"attempt {fence}: ä\n")
+            api.storage.put(tmp_path / f"log-{fence}", jobs.log_key(job_id, fence))
         with api.sessions.begin() as session:
             attempts.release(session, job_id, fence, "It left.")
     answer = api.client.get(f"/jobs/{job_id}/logs")

@@ -2,10 +2,12 @@
 
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
+from api.routes import preflight
 from core.control.running import attempts, events, probes, workers
 from core.control.tables import Probe
 from tests.api.conftest import Api, only_sqlite, refused
@@ -188,3 +190,18 @@ def test_a_data_set_that_takes_too_long_to_count_is_said(api: Api, monkeypatch: 
     found = asked(api, [pair(0)])
     assert (found["ok"], found["rows"], found["tokens"], found["total_steps"]) == (True, None, None, None)
     assert "not counted within 0 s" in found["not_measured"]
+
+
+@only_sqlite
+def test_preflights_leave_the_service_room_for_other_requests(api: Api) -> None:
+    dataset_id = api.dataset_id()
+    with ExitStack() as stack:
+        for _ in range(preflight._MOST):
+            preflight._places.acquire()
+            stack.callback(preflight._places.release)
+        answer = api.client.post("/jobs/preflight", json={"dataset_id": dataset_id})
+        refused(answer, 429, "too_many_preflights")
+        assert answer.headers["retry-after"] == "5"
+    for _ in range(preflight._MOST + 1):
+        refused(api.client.post("/jobs/preflight", json={"dataset_id": "ds_none"}), 404)
+    assert api.client.post("/jobs/preflight", json={"dataset_id": dataset_id}).status_code == 200

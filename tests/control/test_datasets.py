@@ -1,8 +1,10 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from core.control import adapters, datasets, jobs
+from core.control import adapters, datasets, exports, jobs
 from core.control.db import Sessions
 from core.control.running import attempts
 from core.control.tables import Dataset
@@ -45,6 +47,60 @@ def test_a_data_set_in_use_is_kept_until_its_job_has_ended(
         datasets.delete(session, project_id, dataset.id)
     with pytest.raises(NotFound), sessions() as session:
         datasets.get(session, project_id, dataset.id)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "adapter"])
+def test_what_a_job_is_just_made_with_is_not_deleted_at_the_same_time(
+    sessions: Sessions, project_id: str, kind: str
+) -> None:
+    dataset, adapter = rows.dataset(sessions, project_id), rows.adapter(project_id)
+    with sessions.begin() as session:
+        session.add(adapter)
+
+    def delete() -> None:
+        with sessions.begin() as session:
+            if kind == "dataset":
+                datasets.delete(session, project_id, dataset.id)
+            else:
+                adapters.delete(session, project_id, adapter.id)
+
+    with ThreadPoolExecutor(1) as other:
+        with sessions.begin() as session:
+            datasets.get(session, project_id, dataset.id, to="use")
+            adapters.get(session, project_id, adapter.id, to="use")
+            deleting = other.submit(delete)
+            time.sleep(0.3)  # it has looked for users by now, if it did not wait
+            fields: dict[str, Any] = {"name": "job", "model": "m", "labels": {}, "dataset_id": dataset.id}
+            jobs.create(session, project_id, spec=rows.SPEC | {"continue_from": adapter.id}, **fields)
+        with pytest.raises(Conflict) as caught:
+            deleting.result(30)
+    assert caught.value.code == f"{kind}_in_use"
+
+
+@pytest.mark.parametrize("kind", ["dataset", "adapter"])
+def test_what_is_just_deleted_is_not_found_by_whoever_waited_for_it(
+    sessions: Sessions, project_id: str, kind: str
+) -> None:
+    dataset, adapter = rows.dataset(sessions, project_id), rows.adapter(project_id)
+    with sessions.begin() as session:
+        session.add(adapter)
+
+    def use() -> None:
+        with sessions.begin() as session:
+            if kind == "dataset":
+                datasets.get(session, project_id, dataset.id, to="use")
+            else:
+                exports.ask(session, project_id, adapter.id, "merged", idempotency_key=None)
+
+    with ThreadPoolExecutor(1) as other:
+        with sessions.begin() as session:
+            datasets.delete(session, project_id, dataset.id)
+            adapters.delete(session, project_id, adapter.id)
+            session.flush()
+            using = other.submit(use)
+            time.sleep(0.3)
+        with pytest.raises(NotFound):
+            using.result(30)
 
 
 def test_another_data_sets_job_does_not_hold_this_one(sessions: Sessions, project_id: str) -> None:

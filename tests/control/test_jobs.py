@@ -1,5 +1,6 @@
 """A job from the outside: created, listed, cancelled, deleted."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -270,6 +271,38 @@ def test_a_job_whose_data_is_gone_is_not_retried(sessions: Sessions, failed: Job
     assert caught.value.code == "dataset_not_found"
 
 
+@pytest.mark.parametrize("kind", ["continue", "export"])
+def test_a_job_whose_adapter_is_gone_is_not_retried(sessions: Sessions, project_id: str, kind: str) -> None:
+    adapter = rows.adapter(project_id)
+    with sessions.begin() as session:
+        session.add(adapter)
+        session.flush()
+        job, _ = exports.ask(session, project_id, adapter.id, "merged", idempotency_key=None)
+    if kind == "continue":
+        job = rows.job(sessions, project_id, dataset_id=None, spec=rows.SPEC | {"continue_from": adapter.id})
+    fence = rows.claimed(sessions, job.id).fence
+    with sessions.begin() as session:
+        attempts.fail(session, job.id, fence, GraftError("broken", "It broke."))
+        for other in session.scalars(select(Job).where(Job.id != job.id)):
+            jobs.cancel(session, project_id, other.id)
+        session.flush()
+        adapters.delete(session, project_id, adapter.id)
+    with pytest.raises(NotFound) as caught:
+        retry(sessions, job)
+    assert caught.value.code == "adapter_not_found"
+    assert rows.read(sessions, job.id).status == JobStatus.FAILED
+
+
+def test_an_export_is_retried_without_changes_only(sessions: Sessions, project_id: str) -> None:
+    adapter = rows.adapter(project_id)
+    with sessions.begin() as session:
+        session.add(adapter)
+        session.flush()
+        job, _ = exports.ask(session, project_id, adapter.id, "merged", idempotency_key=None)
+    with pytest.raises(BadRequest, match="An export has no spec"):
+        retry(sessions, job, {"seed": 1})  # also while it waits
+
+
 def test_a_job_that_succeeded_is_neither_paused_nor_resumed_nor_retried(
     sessions: Sessions, project_id: str
 ) -> None:
@@ -325,6 +358,37 @@ def test_an_adapter_goes_with_its_job_only_if_asked(sessions: Sessions, project_
     assert keys == [f"jobs/{job.id}", adapter.key]
     with sessions() as session:
         assert session.get(Adapter, adapter.id) is None
+
+
+@pytest.mark.parametrize("what", ["remove", "retry"])
+def test_a_job_that_is_deleted_while_somebody_waits_for_it_is_not_found(
+    sessions: Sessions, failed: Job, what: str
+) -> None:
+    def wait() -> None:
+        with sessions.begin() as session:
+            if what == "remove":
+                jobs.remove(session, failed.project_id, failed.id)
+            else:
+                jobs.retry(session, failed.project_id, failed.id, {})
+
+    with ThreadPoolExecutor(1) as other:
+        with sessions.begin() as session:
+            jobs.remove(session, failed.project_id, failed.id)
+            waiting = other.submit(wait)
+            time.sleep(0.3)
+        with pytest.raises(NotFound):
+            waiting.result(30)
+
+
+def test_an_adapter_that_is_deleted_is_not_its_jobs_any_more(sessions: Sessions, project_id: str) -> None:
+    job = rows.job(sessions, project_id)
+    adapter = rows.adapter(project_id, job.id)
+    with sessions.begin() as session:
+        attempts.succeed(session, job.id, rows.claimed(sessions, job.id).fence, adapter)
+    assert rows.read(sessions, job.id).adapter_id == adapter.id
+    with sessions.begin() as session:
+        adapters.delete(session, project_id, adapter.id)
+    assert rows.read(sessions, job.id).adapter_id is None
 
 
 @pytest.mark.parametrize("kind", ["continue", "export"])
@@ -466,7 +530,7 @@ def test_metrics_of_a_step_are_joined_and_those_done_again_replaced(
     with sessions.begin() as session:
         events.forget_after(session, job.id, 2)
     with sessions() as session:
-        found = [(row.step, row.values) for row in events.metrics(session, job.id)]
+        found = events.metrics(session, job.id)
     assert found == [(1, {"loss": 9.0}), (2, {"loss": 2.0, "eval_loss": 0.5})]
 
 

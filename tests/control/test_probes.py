@@ -1,8 +1,10 @@
 """Questions to a worker and their answers."""
 
 from core.control.db import Sessions
-from core.control.running import probes, workers
+from core.control.running import attempts, events, probes, workers
 from core.control.tables import Probe
+from core.ml.training import config
+from core.ml.training.config import Spec
 from tests.control import rows
 
 
@@ -56,3 +58,19 @@ def test_one_question_at_a_time_is_put_to_a_worker(sessions: Sessions) -> None:
     assert free()
     rows.job(sessions, rows.project(sessions))
     assert not free()
+
+
+def test_a_job_of_an_earlier_version_is_not_alike(sessions: Sessions) -> None:
+    spec = config.settle(Spec()).model_dump()
+    old = {name: dict(spec[name]) for name in ("lora", "training", "quantization")}
+    del old["lora"]["use_dora"], old["training"]["packing"], old["training"]["optimizer"]
+    project_id = rows.project(sessions)
+    for kept in (spec, old):
+        job = rows.job(sessions, project_id, spec=kept)
+        fence = rows.claimed(sessions, job.id).fence
+        with sessions.begin() as session:
+            speed = 50.0 if kept is spec else 1.0
+            events.measure(session, job.id, 1, {"tokens_per_second": speed})
+            attempts.succeed(session, job.id, fence, rows.adapter(project_id, job.id))
+    with sessions() as session:
+        assert probes.experience(session, job.model, spec) == 50.0

@@ -96,11 +96,25 @@ def test_a_beat_brings_a_silent_worker_back(sessions: Sessions) -> None:
         worker_id = workers.register(session, 1)
         session.execute(update(Worker).values(seen=now_epoch() - 31))
         assert workers.alive(session) == []
-        workers.beat(session, worker_id)
+        workers.beat(session, worker_id, 1)
     with sessions.begin() as session:
         assert [worker.id for worker in workers.alive(session)] == [worker_id]
         workers.leave(session, worker_id)
         assert workers.alive(session) == []
+
+
+def test_a_beat_enters_a_worker_again_that_was_struck_out(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        worker_id = workers.register(session, 2)
+    with sessions.begin() as session:
+        workers.forget(session, [worker_id])
+    with sessions.begin() as session:
+        workers.beat(session, worker_id, 2, {"free_bytes": 1})
+    with sessions.begin() as session:
+        (worker,) = workers.alive(session)
+        assert (worker.id, worker.slots, worker.pid) == (worker_id, 2, os.getpid())
+        assert workers.device(session) == {"free_bytes": 1}
+        assert workers.dead_here(session) == []
 
 
 def test_workers_silent_for_a_day_are_forgotten(sessions: Sessions) -> None:

@@ -233,8 +233,14 @@ def test_cpu_and_gpu_services_differ_in_the_gpu_only(kind: str) -> None:
     gpu, cpu = _service(kind), _service(f"{kind}-cpu")
     assert (gpu.pop("profiles"), cpu.pop("profiles")) == (["gpu"], ["cpu"])
     devices = gpu.pop("deploy")["resources"]["reservations"]["devices"]
-    assert devices[0]["capabilities"] == ["gpu"]
+    assert (devices[0]["capabilities"], devices[0]["count"]) == (["gpu"], "1" if kind == "worker" else 1)
     assert gpu == cpu
+
+
+def test_a_worker_has_a_gpu_for_each_process_of_a_training() -> None:
+    worker = services(fake_secrets() | {"GRAFT_TRAINER_PROCESSES": "4"})["worker"]
+    assert worker["environment"]["GRAFT_TRAINER_PROCESSES"] == "4"
+    assert worker["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "4"
 
 
 def test_a_worker_has_time_to_save() -> None:

@@ -12,6 +12,8 @@ from graft_client.client import ApiError
 from tests import tiny
 from tests.service import Service
 
+# The main job runs on the other kind of servers, too.
+pytestmark = pytest.mark.parametrize("service", ["sqlite and a folder"], indirect=True)
 TRAINING = {"training": {"max_steps": 3, "effective_batch_size": 4, "learning_rate": 0.02}}
 CALL = {"name": "add", "arguments": {"a": 1, "b": 2}}
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]

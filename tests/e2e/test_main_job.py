@@ -184,6 +184,13 @@ def test_the_cli_trains_lists_and_chats(service: Service, rows_file: Path, tmp_p
     assert graft("chat", "--adapter", adapter, "-m", "name 3", "--max-new-tokens", "8").endswith("\n")
 
 
+def test_the_cli_exports_an_adapter(service: Service, job: dict, tmp_path: Path) -> None:
+    saved = tmp_path / "merged.zip"
+    said = run_graft(service, "export", "adapter", job["adapter_id"], "-o", str(saved))
+    assert str(saved) in said.replace("\n", "")
+    assert "model.safetensors" in zipfile.ZipFile(saved).namelist()
+
+
 def test_the_cli_pauses_resumes_cancels_and_retries(service: Service, job: dict) -> None:
     graft = partial(run_graft, service)
     with service.client() as client:

@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import MESSAGES
 from tests.service import Service
 
+# The main job runs on the other kind of servers, too.
+pytestmark = pytest.mark.parametrize("service", ["postgres and s3"], indirect=True)
 SPEC = {"training": {"max_steps": 6, "effective_batch_size": 8}}
 
 

@@ -1,6 +1,7 @@
 """The worker's part of an export, without a child process."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,16 @@ def test_the_child_gets_the_adapter_and_how_its_base_was_held(context: Context, 
     run = export._inputs(context, attempt)
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == b"weights"
     assert (run.format, run.quantization.bits, run.rows) == ("merged", 8, None)
+
+
+@pytest.mark.parametrize(("certificate", "bits"), [({"spec": {"quantization": {"bits": 8}}}, 8), (None, 16)])
+def test_when_the_training_was_deleted_the_certificate_says_how_the_base_was_held(
+    context: Context, attempt: Attempt, adapter: Adapter, certificate: dict[str, Any] | None, bits: int
+) -> None:
+    with context.sessions.begin() as session:
+        row = session.get_one(Adapter, adapter.id)
+        row.job_id, row.certificate = None, certificate
+    assert export._inputs(context, attempt).quantization.bits == bits
 
 
 def test_an_adapter_that_is_damaged_or_gone_is_not_exported(

@@ -8,11 +8,12 @@ import pytest
 
 from core.control import jobs as control
 from core.control.running import attempts, events
-from core.control.tables import Job, JobStatus
+from core.control.tables import Dataset, Job, JobStatus
 from core.errors import GraftError, NotFound
-from core.hashes import describe
+from core.hashes import describe, sha256
 from core.ml.training import config
 from core.ml.training.config import Spec
+from core.settings import Settings
 from tests.control import rows
 from worker import jobs
 from worker.attempt import artifacts
@@ -60,20 +61,31 @@ def test_a_trainer_killed_twice_at_one_step_gets_on_with_less_memory(context: Co
     killed = {"why": "it was killed", "exit_code": -signal.SIGKILL}
     first = ended(context, attempt_of(context, job), "crash", **killed)
     assert (first.crashes, first.recoveries) == (1, [])
-    second = ended(context, attempt_of(context, job), "crash", **killed)
+    again = attempt_of(context, job)
+    again.training = True
+    second = ended(context, again, "crash", **killed)
     assert (second.status, second.crashes) == (JobStatus.QUEUED, 1)
     assert second.spec["training"]["batch_size"] == 4
     assert second.recoveries[0]["cause"] == "out_of_memory"
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "step"), [(-signal.SIGKILL, 8), (-signal.SIGSEGV, 7), (1, 7), (None, 7)]
+    ("exit_code", "step", "training"),
+    [
+        (-signal.SIGKILL, 8, True),
+        (-signal.SIGSEGV, 7, True),
+        (1, 7, True),
+        (None, 7, True),
+        (-signal.SIGKILL, 7, False),  # while it loaded the model, or in the proof
+    ],
 )
-def test_other_ends_say_nothing_about_memory(
-    context: Context, job: Job, exit_code: int | None, step: int
+def test_other_ends_say_nothing_about_the_memory_of_the_training(
+    context: Context, job: Job, exit_code: int | None, step: int, training: bool
 ) -> None:
     ended(context, attempt_of(context, job), "crash", why="it was killed", exit_code=-signal.SIGKILL)
-    second = ended(context, attempt_of(context, job, step), "crash", why="it fell", exit_code=exit_code)
+    again = attempt_of(context, job, step)
+    again.training = training
+    second = ended(context, again, "crash", why="it fell", exit_code=exit_code)
     assert (second.crashes, second.recoveries) == (2, [])
 
 
@@ -98,6 +110,47 @@ def test_a_trainer_that_left_leaves_the_job_as_it_is_wanted_now(
     assert ended(context, attempt, "stopped").status == status
     with context.sessions() as session:
         assert events.after(session, job.id, 0)[-1].type == event
+
+
+def stored_rows(context: Context, project_id: str, tmp_path: Path, size: int) -> Dataset:
+    file = tmp_path / "rows"
+    file.write_bytes(b"x" * size)
+    dataset = rows.dataset(context.sessions, project_id, sha256=sha256(file))
+    context.storage.put(file, dataset.key)
+    return dataset
+
+
+def test_a_full_disk_of_the_work_folder_is_said_and_not_tried_again(
+    context: Context, job: Job, project_id: str, small_disk: Path, tmp_path: Path
+) -> None:
+    dataset = stored_rows(context, project_id, tmp_path, 2 * 1024**2)
+    with context.sessions.begin() as session:
+        session.get_one(Job, job.id).dataset_id = dataset.id
+    full = Context(
+        **{**vars(context), "settings": Settings(home=small_disk, storage_url=context.storage.url)}
+    )
+    jobs.run(full)
+    ended = rows.read(context.sessions, job.id)
+    assert (ended.status, ended.crashes) == (JobStatus.FAILED, 0)
+    assert ended.error is not None
+    assert ended.error["code"] == "storage_full"
+
+
+def test_what_the_worker_met_stands_in_the_event(
+    context: Context, job: Job, project_id: str, tmp_path: Path
+) -> None:
+    dataset = stored_rows(context, project_id, tmp_path, 10)
+    place = context.storage.local(dataset.key)
+    assert place is not None
+    place.unlink()
+    place.mkdir()
+    with context.sessions.begin() as session:
+        session.get_one(Job, job.id).dataset_id = dataset.id
+    jobs.run(context)
+    with context.sessions() as session:
+        event = events.latest(session, job.id, "crashed")
+    assert event is not None
+    assert "because the worker met IsADirectoryError: [Errno 21] Is a directory: " in event.message
 
 
 # ---- The adapter to continue from

@@ -1,9 +1,7 @@
 """A worker asked what a run would take, and what it answers when something is in the way."""
 
 import multiprocessing
-import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from core.ml.training import config
 from tests import tiny
 from tests.control import rows
 from tests.service import wait_until
-from worker import maintenance, probe
+from worker import probe
 from worker.context import Context
 
 # The rows of both databases are tests/control's.
@@ -106,7 +104,9 @@ def test_a_worker_with_a_job_measures_nothing(context: Context, dataset: Dataset
     assert answer(context, asked) == {"unknown": "No worker is free."}
 
 
-def test_a_worker_that_leaves_or_is_not_waited_for_does_nothing(context: Context, dataset: Dataset) -> None:
+def test_a_worker_that_leaves_says_so_and_an_old_question_is_left_alone(
+    context: Context, dataset: Dataset
+) -> None:
     old = ask(context, dataset.id)
     with context.sessions.begin() as session:
         session.get_one(Probe, old).asked -= probes.PATIENCE_SECONDS + 1
@@ -115,18 +115,4 @@ def test_a_worker_that_leaves_or_is_not_waited_for_does_nothing(context: Context
     asked = ask(context, dataset.id)
     context.stopping.set()
     probe.run(context, asked)
-    assert answer(context, asked) is None
-
-
-def test_the_sweep_leaves_a_running_probe_its_folder(context: Context) -> None:
-    folders = {}
-    for name, age in (
-        ("probe_new", context.settings.lease_seconds + 1),
-        ("probe_old", 1000),
-        ("job_old", 1000),
-    ):
-        folder = folders[name] = context.settings.scratch / name
-        folder.mkdir(parents=True)
-        os.utime(folder, (time.time() - age,) * 2)
-    maintenance._clear_scratch(context)
-    assert [name for name, folder in folders.items() if folder.is_dir()] == ["probe_new"]
+    assert answer(context, asked) == {"unknown": "The worker shuts down."}

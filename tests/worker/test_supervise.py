@@ -172,4 +172,28 @@ def test_a_child_that_gives_no_sign_of_life_is_ended(
     with context.sessions() as session:
         event = events.latest(session, job.id, "crashed")
     assert event is not None
-    assert "TimeoutError" in event.message
+    assert "because its trainer gave no sign of life for 0 s;" in event.message
+
+
+def test_what_no_row_can_hold_is_left_out_of_what_a_child_says(
+    context: Context, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"loss": 1.0, "eval_loss": float("nan")}
+    sample = {"prompt": "Hi", "text": "a\0b", "scores": [0.5, float("inf")]}
+    said: list[Report] = [
+        ("metrics", {"step": 1, "values": values, "progress": None}),
+        ("samples", {"step": 1, "samples": [sample]}),
+    ]
+    refused = FAILED | {"message": "lora_B\0 is zero."}
+    play(monkeypatch, context, train=Played(said), prove=Played([("error", refused)]))
+    run_while(context)
+    ended = rows.read(context.sessions, job.id)
+    assert (ended.status, ended.metrics) == (JobStatus.FAILED, {"train_loss": 1.0})
+    assert ended.error == FAILED | {"message": "lora_B\ufffd is zero."}
+    with context.sessions() as session:
+        event = events.latest(session, job.id, "samples")
+    assert event is not None
+    assert event.data == {
+        "step": 1,
+        "samples": [{"prompt": "Hi", "text": "a\ufffdb", "scores": [0.5, None]}],
+    }

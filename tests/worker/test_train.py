@@ -11,12 +11,14 @@ from sqlalchemy.exc import OperationalError
 from core.control import jobs
 from core.control.db import Session, Sessions
 from core.control.running import attempts, events
-from core.control.tables import Adapter, Job, JobStatus
+from core.control.tables import Adapter, Checkpoint, Job, JobStatus
 from core.errors import Fenced
-from core.hashes import describe
+from core.hashes import describe, sha256
+from core.ml.training import config
+from core.ml.training.config import Spec
 from tests.control import rows
 from worker import train
-from worker.attempt import reports
+from worker.attempt import artifacts, reports
 from worker.attempt.reports import Attempt
 from worker.context import Context
 
@@ -167,6 +169,42 @@ def test_the_best_checkpoint_comes_along_and_a_damaged_one_is_not_taken_for_it(
     damage(context, attempt, 20)
     assert fetched(context, attempt) == [b"30", b"10"]
     assert kept(context, attempt) == [30, 10]
+
+
+def test_a_newest_checkpoint_that_is_the_best_one_too_is_fetched_once(
+    context: Context, attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step, loss in ((10, 0.5), (20, 0.25)):
+        store(context, attempt, step, tmp_path, eval_loss=loss)
+    asked: list[int] = []
+    fetch = artifacts.fetch_checkpoint
+
+    def counted(context: Context, row: Checkpoint, folder: Path) -> bool:
+        asked.append(row.step)
+        return fetch(context, row, folder)
+
+    monkeypatch.setattr(artifacts, "fetch_checkpoint", counted)
+    assert fetched(context, attempt) == [b"20", b"20"]
+    assert asked == [20]
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_run_that_goes_on_holds_its_weights_as_it_did(
+    context: Context, attempt: Attempt, tmp_path: Path, resumes: bool
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    job = attempt.job
+    dataset = rows.dataset(context.sessions, job.project_id, sha256=sha256(file))
+    context.storage.put(file, dataset.key)
+    job.dataset_id, job.spec = dataset.id, config.settle(Spec()).model_dump()
+    for kept in (False, True):
+        with context.sessions.begin() as session:
+            events.add(session, job.id, "plan", "Planned.", data={"weights_kept": kept})
+    if resumes:
+        store(context, attempt, 10, tmp_path)
+    run = train._inputs(context, attempt)
+    assert (run.resume is not None, run.kept) == (resumes, True if resumes else None)
 
 
 def test_without_a_whole_checkpoint_the_job_begins_anew(

@@ -3,6 +3,8 @@
 import logging
 import shutil
 import zipfile
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +71,24 @@ def fetch_adapter(context: Context, asked: Job | Probe, adapter_id: str, folder:
             f"The adapter {adapter_id}, from which this job was to continue, is not there any more.",
             hint="Post a job that continues from another adapter, or from none.",
         )
+    return fetch_files(context, row, folder, _BEGINNING)
+
+
+def fetch_files(context: Context, row: Adapter, folder: Path, names: Container[str] | None = None) -> Path:
+    """Bring an adapter's files here, or those of these names.
+
+    Raises:
+        GraftError: `adapter_damaged`.
+    """
     for info in row.files:
-        if info["path"] not in _BEGINNING:
+        if names is not None and info["path"] not in names:
             continue
         context.storage.get(f"{row.key}/files/{info['path']}", folder / info["path"])
         if sha256(folder / info["path"]) != info["sha256"]:
             raise GraftError(
                 "adapter_damaged",
-                f"The stored {info['path']} of adapter {adapter_id} is not the one that was made.",
-                hint="Continue from another adapter.",
+                f"The stored {info['path']} of adapter {row.id} is not the one that was made.",
+                hint="Use another adapter, or train this one again.",
             )
     return folder
 
@@ -173,12 +184,19 @@ def store_adapter(
         "created_at": utcnow(),
     }
     key = Adapter(**fields).key
-    try:
+    with kept_whole(context, key, archive):
         context.storage.put_folder(folder, f"{key}/files", [info["path"] for info in files])
-        context.storage.put(archive, f"{key}/adapter.zip")
-        if context.storage.size(f"{key}/adapter.zip") != fields["size"]:
-            raise GraftError("storage_damaged", "The storage did not keep the whole adapter.")
+        context.storage.put(archive, f"{key}/{archive.name}")
+    return fields
+
+
+@contextmanager
+def kept_whole(context: Context, key: str, archive: Path) -> Iterator[None]:
+    """What the block stores under `key` is all there, the archive with every byte, or nothing of it stays."""
+    try:
+        yield
+        if context.storage.size(f"{key}/{archive.name}") != archive.stat().st_size:
+            raise GraftError("storage_damaged", f"The storage did not keep the whole {archive.name}.")
     except Exception:
         context.storage.delete(key)
         raise
-    return fields

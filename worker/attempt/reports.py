@@ -106,13 +106,13 @@ def _register(session: Session, attempt: Attempt) -> list[Checkpoint]:
     return old
 
 
-def _phase(session: Session, attempt: Attempt, data: Json, news: "_News") -> None:
+def _phase(session: Session, attempt: Attempt, data: Json, news: _News) -> None:
     news.columns["phase"] = data["phase"]
     message = f"Phase: {data['phase'].replace('_', ' ')}."
     events.add(session, attempt.job.id, "phase", message, data=data)
 
 
-def _plan(session: Session, attempt: Attempt, data: Json, news: "_News") -> None:
+def _plan(session: Session, attempt: Attempt, data: Json, news: _News) -> None:
     job = attempt.job
     job.spec = news.columns["spec"] = data["spec"] | {"validation": job.spec.get("validation")}
     news.columns["total_steps"] = data["total_steps"]
@@ -128,11 +128,11 @@ def _plan(session: Session, attempt: Attempt, data: Json, news: "_News") -> None
     )
 
 
-def _model_loaded(_session: Session, attempt: Attempt, data: Json, _news: "_News") -> None:
+def _model_loaded(_session: Session, attempt: Attempt, data: Json, _news: _News) -> None:
     attempt.model_seconds = data["seconds"]
 
 
-def _first_step(session: Session, attempt: Attempt, data: Json, _news: "_News") -> None:
+def _first_step(session: Session, attempt: Attempt, data: Json, _news: _News) -> None:
     job = attempt.job
     first = job.attempt == 1
     seconds = time.time() - (job.created_at.timestamp() if first else attempt.claimed)
@@ -150,24 +150,24 @@ def _first_step(session: Session, attempt: Attempt, data: Json, _news: "_News") 
     )
 
 
-def _metrics(session: Session, attempt: Attempt, data: Json, news: "_News") -> None:
+def _metrics(session: Session, attempt: Attempt, data: Json, news: _News) -> None:
     events.measure(session, attempt.job.id, data["step"], data["values"])
     news.metrics |= _named(data["values"])
     if data["progress"]:
         news.columns |= {"step": data["step"], **data["progress"]}
 
 
-def _best(session: Session, attempt: Attempt, data: Json, _news: "_News") -> None:
+def _best(session: Session, attempt: Attempt, data: Json, _news: _News) -> None:
     # The checkpoint of this step follows; by this value it is kept beside the last ones.
     events.measure(session, attempt.job.id, data["step"], {"eval_loss": data["eval_loss"]})
 
 
-def _samples(session: Session, attempt: Attempt, data: Json, _news: "_News") -> None:
+def _samples(session: Session, attempt: Attempt, data: Json, _news: _News) -> None:
     message = f"Answers to {len(data['samples'])} prompts at step {data['step']}."
     events.add(session, attempt.job.id, "samples", message, data=data)
 
 
-def _note(session: Session, attempt: Attempt, data: Json, _news: "_News") -> None:
+def _note(session: Session, attempt: Attempt, data: Json, _news: _News) -> None:
     events.add(session, attempt.job.id, data["type"], data["message"], level=data["level"], data=data["data"])
 
 
@@ -176,7 +176,7 @@ def _named(values: Json) -> Json:
     return {"train_loss" if name == "loss" else name: value for name, value in values.items()}
 
 
-_RECORDS: dict[str, Callable[[Session, Attempt, Json, "_News"], None]] = {
+_RECORDS: dict[str, Callable[[Session, Attempt, Json, _News], None]] = {
     "phase": _phase,
     "plan": _plan,
     "model_loaded": _model_loaded,

@@ -1,6 +1,7 @@
 """A child process of a job from start to end: its reports, the lease, and what is asked of it meanwhile."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -30,12 +31,11 @@ Outcome = tuple[str, dict[str, Any]]
 def see_through(context: Context, attempt: Attempt, function: str, *args: Any) -> Outcome:
     """Run `worker.child.trainer.<function>(*args, report, stop)` in a process of its own, and take its outcome.
 
-    It is ("crash", {why, exit_code}) when the process ends without a word, and ("stopped", {}) when it was asked
-    to leave. All else that it reported is written by then.
+    It is ("crash", {why, exit_code}) when the process ends without a word or gives no sign of life for too long, and
+    ("stopped", {}) when it was asked to leave. All else that it reported is written by then.
 
     Raises:
         Fenced: the job belongs to a newer claim.
-        TimeoutError: no sign of life for too long.
         StorageFull: a checkpoint could not be stored.
     """
     attempt.outcome, attempt.training = ("crash", {}), False
@@ -110,7 +110,9 @@ def _until_end(
             break
         heard = time.monotonic() if news else heard
         if time.monotonic() - heard > context.settings.stall_seconds:
-            raise TimeoutError(f"the trainer gave no sign of life for {context.settings.stall_seconds:.0f} s")
+            why = f"its trainer gave no sign of life for {context.settings.stall_seconds:.0f} s"
+            attempt.outcome = ("crash", {"why": why})
+            return
         if attempt.fenced:
             raise Fenced(f"job {attempt.job.id} was taken back")
         waiting = attempt.reports or any(upload.done() for _, upload in attempt.uploads)
@@ -156,6 +158,7 @@ def _take(
     data: dict[str, Any],
     uploader: ThreadPoolExecutor,
 ) -> None:
+    data = _cleaned(data)
     if kind in _ENDS:
         attempt.outcome = (kind, data)
     elif kind == "checkpoint":
@@ -165,3 +168,18 @@ def _take(
     else:
         attempt.training = attempt.training or (kind, data.get("phase")) == ("phase", "training")
         attempt.reports.append((kind, data))
+
+
+def _cleaned(said: Any) -> Any:
+    """What a child says without what Postgres takes in no row: numbers that are not finite, and U+0000 in texts."""
+    if isinstance(said, str):
+        return said.replace("\0", "\ufffd")
+    if isinstance(said, dict):
+        return {name: _cleaned(value) for name, value in said.items() if not _infinite(value)}
+    if isinstance(said, list | tuple):
+        return [None if _infinite(value) else _cleaned(value) for value in said]
+    return said
+
+
+def _infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

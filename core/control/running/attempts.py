@@ -140,7 +140,7 @@ def crash(
     job = _locked(session, job_id)
     crashes = job.crashes + 1
     if job.asked is None and crashes >= max_crashes:
-        hint = "The log of the worker tells more; a smaller batch or model needs less memory."
+        hint = "GET /jobs/{id}/logs tells more; a smaller batch or model needs less memory."
         fail(
             session,
             job_id,

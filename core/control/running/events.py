@@ -57,8 +57,19 @@ def measure(session: Session, job_id: str, step: int, values: dict[str, float]) 
         row.values = row.values | values
 
 
-def metrics(session: Session, job_id: str) -> list[JobMetric]:
-    return list(session.scalars(select(JobMetric).where(JobMetric.job_id == job_id).order_by(JobMetric.step)))
+def metrics(session: Session, job_id: str, points: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """Steps and their values; so many `points` at most, evenly thinned out, first and last kept."""
+    query = select(JobMetric.step, JobMetric.values).where(JobMetric.job_id == job_id)
+    if points is not None:
+        # Of a million steps only the wanted ones' values are read.
+        steps = session.scalars(
+            select(JobMetric.step).where(JobMetric.job_id == job_id).order_by(JobMetric.step)
+        ).all()
+        if len(steps) > points:
+            query = query.where(
+                JobMetric.step.in_([steps[round(i * (len(steps) - 1) / (points - 1))] for i in range(points)])
+            )
+    return [(step, values) for step, values in session.execute(query.order_by(JobMetric.step))]
 
 
 def values_at(session: Session, job_id: str, step: int) -> dict[str, Any]:

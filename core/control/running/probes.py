@@ -75,13 +75,14 @@ def experience(session: Session, model: str, spec: dict[str, Any]) -> float | No
 
 
 def _work(spec: dict[str, Any]) -> list[Any]:
-    """What the time of a token depends on, beside the model."""
-    lora, training = spec["lora"], spec["training"]
+    """What the time of a token depends on, beside the model. The row of an earlier version may lack fields: it is not
+    alike then."""
+    lora, training = spec.get("lora") or {}, spec.get("training") or {}
     names = ("packing", "gradient_checkpointing", "optimizer", "loss_on", "batch_size")
     return [
-        spec["quantization"],
-        *(lora[name] for name in ("r", "target_modules", "use_dora", "dropout")),
-        *(training[name] for name in names),
+        spec.get("quantization"),
+        *(lora.get(name) for name in ("r", "target_modules", "use_dora", "dropout")),
+        *(training.get(name) for name in names),
     ]
 
 

@@ -17,26 +17,19 @@ _FORGET_SECONDS = 24 * 3600.0
 
 def register(session: Session, slots: int) -> str:
     """Enter this process as a worker and return its id, the owner name of its claims."""
-    worker = Worker(
-        id=new_id("worker"),
-        place=place(),
-        pid=os.getpid(),
-        pid_started=_started(os.getpid()) or "",
-        slots=slots,
-        seen=0.0,
+    worker_id = new_id("worker")
+    beat(session, worker_id, slots)
+    return worker_id
+
+
+def beat(session: Session, worker_id: str, slots: int, device: dict[str, Any] | None = None) -> None:
+    """Have the row say that this process is there, also when it was struck out meanwhile: after a long sleep of its
+    machine, or with a backup of the database."""
+    worker = session.get(Worker, worker_id) or Worker(
+        id=worker_id, place=place(), pid=os.getpid(), pid_started=_started(os.getpid()) or "", slots=slots
     )
+    worker.seen, worker.device = now_epoch(), device
     session.add(worker)
-    session.flush()
-    beat(session, worker.id)
-    return worker.id
-
-
-def beat(session: Session, worker_id: str) -> None:
-    session.get_one(Worker, worker_id).seen = now_epoch()
-
-
-def describe(session: Session, worker_id: str, device: dict[str, Any]) -> None:
-    session.get_one(Worker, worker_id).device = device
 
 
 def device(session: Session) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from core.control.tables import Dataset
 from core.errors import BadRequest
 from core.ml.training import config
 from core.ml.training.config import Spec
-from core.ml.training.spec import presets
+from core.ml.training.spec import presets, support
 
 # No adapter_config.json is larger.
 _CONFIG_BYTES = 1024 * 1024
@@ -21,9 +21,10 @@ def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tupl
 
     Raises:
         NotFound: `adapter_not_found`.
-        BadRequest: `continue_from_other_model`; `adapter_not_trainable`, it is of a kind that is not trained here.
+        BadRequest: what `support.check` refuses; `continue_from_other_model`; `adapter_not_trainable`, it is of a kind that is not trained here.
     """
     spec = body.spec()
+    support.check(spec)
     if spec.continue_from is None:
         own = presets.find(body.preset).preset.model if body.preset else None
         return body.model or own or services.settings.default_model, spec

@@ -25,7 +25,12 @@ def make(context: Context, attempt: Attempt) -> bool:
         return False
     folder = Path(done["folder"])
     attempt.reports.append(("phase", {"phase": "evaluating"}))
-    facts = {"job_id": attempt.job.id, "spec": attempt.job.spec, "metrics": done["metrics"]}
+    facts = {
+        "job_id": attempt.job.id,
+        "spec": attempt.job.spec,
+        "metrics": done["metrics"],
+        "step": done["step"],
+    }
     facts |= artifacts.dataset_names(context, attempt.job)
     kind, proved = see_through(context, attempt, "prove", run, folder, facts)
     if kind != "proved":

@@ -128,7 +128,7 @@ def _count(answer: PreflightOut, run: Run, rows: Rows) -> None:
     answer.rows = RowsOut(
         used=counts["rows"],
         validation=counts["validation_rows"],
-        **{kind: counts[kind] for kind in ("dropped", "truncated", "in_both")},
+        **{name: lines for name, lines in counts.items() if isinstance(lines, dict)},
     )
     answer.tokens = TokensOut(
         total=sum(rows.data.lengths), trained=rows.data.trained_tokens, longest=rows.data.longest

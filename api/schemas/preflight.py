@@ -16,12 +16,15 @@ class Lines(BaseModel):
 
 
 class RowsOut(BaseModel):
-    """`in_both`: validation rows that are trained, too."""
+    """`validation_dropped`, `validation_truncated`: of a validation data set of its own. `in_both`: validation rows that
+    are trained, too."""
 
     used: int
     validation: int
     dropped: Lines
     truncated: Lines
+    validation_dropped: Lines
+    validation_truncated: Lines
     in_both: Lines
 
 

@@ -38,6 +38,8 @@ def test_rows_tokens_and_steps_are_counted_and_nothing_is_kept(api: Api) -> None
         "validation": 0,
         "dropped": nothing,
         "truncated": nothing,
+        "validation_dropped": nothing,
+        "validation_truncated": nothing,
         "in_both": nothing,
     }
     tokens = found["tokens"]
@@ -78,6 +80,29 @@ def test_everything_that_is_wrong_is_listed(api: Api) -> None:
     found = asked(api, [pair(0)], training={"max_length": 100_000})
     assert [problem["code"] for problem in found["problems"]] == ["max_length_too_long"]
     assert found["rows"] is None
+
+
+def test_validation_rows_that_are_left_out_are_counted(api: Api) -> None:
+    valid = api.upload([pair(1), LONG]).json()["id"]
+    for policy, kind in (("drop", "validation_dropped"), ("truncate", "validation_truncated")):
+        found = asked(
+            api,
+            [pair(n) for n in range(10)],
+            validation={"dataset_id": valid},
+            training={"overlength": policy, "max_length": 128},
+        )
+        assert found["rows"][kind] == {"count": 1, "lines": [2]}
+        assert found["rows"]["dropped"]["count"] == found["rows"]["truncated"]["count"] == 0
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/jobs/preflight"])
+def test_what_no_device_can_do_is_refused_at_once(api: Api, path: str) -> None:
+    dataset_id = api.upload([pair(0)]).json()["id"]
+    for changes, code in (
+        ({"lora": {"init": "pissa"}}, "pissa_needs_16_bit"),
+        ({"lora": {"use_dora": True}, "quantization": {"bits": 8}}, "dora_not_with_8_bit"),
+    ):
+        refused(api.client.post(path, json={"dataset_id": dataset_id, **changes}), 422, code)
 
 
 def test_validation_rows_are_counted(api: Api) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from core.errors import GraftError
 from core.hashes import sha256
 from core.ml import base_model, catalogue, prompts
 from core.ml import contract as contracts
 from core.ml.catalogue import BaseModel, Catalogue
 from core.ml.inference import greedy
 from core.ml.inference.greedy import Answer
-from core.ml.proof import evaluate, loading, measure, questions
+from core.ml.proof import checks, evaluate, loading, measure, questions
 from core.ml.proof.evaluate import Evaluation, Side
 from core.ml.proof.measure import Losses
 from core.ml.scores.choice import Row
@@ -144,6 +146,33 @@ def side(unseen: float, seen: float, stops: int = 0) -> Side:
     rows = [Losses(np.full(20, loss), np.ones(20)) for loss in (unseen, seen)]
     answers = [Answer("", "stop" if place < stops else "length") for place in range(20)]
     return Side(rows[0], rows[1], answers)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "half", "value", "holds"),
+    [
+        (100, True, 0.52, True),  # 0.03 is what half precision rounds over so few tokens
+        (100, True, 0.54, False),
+        (100, False, 0.506, False),
+        (10_000, True, 0.506, False),  # of many it rounds nothing
+        (10_000, True, 0.504, True),
+        (10_000, False, 0.504, True),
+    ],
+)
+def test_losses_may_differ_by_one_percent_and_what_is_rounded(
+    tokens: int, half: bool, value: float, holds: bool
+) -> None:
+    measured = Losses(np.full(10, value * tokens / 10), np.full(10, tokens / 10))
+    found = Evaluation(side(2.0, 2.0), Side(measured, None, []), list(range(10)), 1.0, [], 10)
+    with nullcontext() if holds else pytest.raises(GraftError, match="saved files have a loss"):
+        checks.losses(found, {"check_loss": 0.5, "eval_loss": 0.5}, half=half)
+
+
+def test_of_few_rows_nothing_is_said() -> None:
+    found = Evaluation(side(2.0, 2.0), side(1.0, 1.0), [0, 1, 2, 3], 3.0, [], 4)
+    verdict = evaluate.verdict(found)
+    assert verdict["better"] is None
+    assert "few validation rows" in verdict["words"]
 
 
 @pytest.mark.parametrize(

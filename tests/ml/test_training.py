@@ -176,6 +176,34 @@ def test_every_kind_of_spec_trains(make_run: Callable[..., Run], spec: dict[str,
     assert len(losses(reports)) == plan["total_steps"]
 
 
+def test_samples_end_when_the_run_is_asked_to_leave(make_run: Callable[..., Run]) -> None:
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 3  # after loading and the first step: in the middle of an answer
+
+    result, reports = train(make_run(fraction=0.4, evaluation={"every_steps": 1}), stop)
+    assert result.adapter is None
+    assert "samples" not in [kind for kind, _ in reports]
+
+
+def test_prompts_that_are_too_long_are_named(make_run: Callable[..., Run]) -> None:
+    prompts = ["word " * 600, "hello"]
+    run = make_run(fraction=0.4, training={"max_steps": 1}, evaluation={"every_steps": 1, "prompts": prompts})
+    _, reports = train(run)
+    (note,) = [data for kind, data in reports if kind == "note" and data["type"] == "prompts_left_out"]
+    assert note["data"] == {"prompts": [0]}
+
+
+def test_a_time_limit_that_leaves_no_time_is_named() -> None:
+    spec = config.Spec.model_validate({"limits": {"max_seconds": 1}})
+    told = sft._too_short(GraftError("inert_adapter", "It changes nothing."), spec, 3)
+    assert "time limit of 1 s ended the training at step 3" in told.message
+    other = GraftError("training_diverged", "It diverged.")
+    assert sft._too_short(other, spec, 3) is other
+
+
 def test_a_long_download_is_no_standstill(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

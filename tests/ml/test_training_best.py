@@ -37,6 +37,17 @@ def best_step(reports: Reports) -> int:
     return min(losses, key=lambda step: (losses[step], step))
 
 
+def test_a_best_loss_of_another_precision_is_measured_again(make_run: MakeRun) -> None:
+    """As after the watchdog's last rung; the proof compares with what the kept weights give now."""
+    whole, reports = train(make_run("half", quantization={"compute_dtype": "bfloat16"}, **SPEC))
+    folders, best = saved(reports), best_step(reports)
+    single = {"quantization": {"compute_dtype": "float32"}, **SPEC}
+    resumed, _ = train(make_run("single", resume=folders[10], best=folders[best], **single))
+    assert adapter(resumed) == adapter(whole)
+    assert resumed.metrics["eval_loss"] != whole.metrics["eval_loss"]
+    assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], rel=0.1)
+
+
 def test_the_adapter_is_the_best_one_and_it_is_so_after_a_kill_at_any_checkpoint(make_run: MakeRun) -> None:
     whole, reports = train(make_run("whole", **SPEC))
     best = best_step(reports)

@@ -70,7 +70,7 @@ def play(monkeypatch: pytest.MonkeyPatch, context: Context, **children: Played) 
     folder = context.settings.home / "adapter"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    children["train"].words += [("done", {"folder": str(folder), "metrics": {"train_loss": 1.0}})]
+    children["train"].words += [("done", {"folder": str(folder), "metrics": {"train_loss": 1.0}, "step": 3})]
     return started
 
 

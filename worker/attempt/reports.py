@@ -19,6 +19,8 @@ Json = dict[str, Any]
 _PLAN_NOTES = {
     "dropped": "rows are too long and left out",
     "truncated": "rows are too long and lost the beginning of their prompt",
+    "validation_dropped": "validation rows are too long and left out",
+    "validation_truncated": "validation rows are too long and lost the beginning of their prompt",
     "in_both": "validation rows are trained too, so their loss proves nothing",
 }
 

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -67,7 +68,7 @@ def train_here(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) 
         if result.adapter is None:
             report("stopped")
         else:
-            report("done", folder=str(result.adapter), metrics=result.metrics)
+            report("done", folder=str(result.adapter), metrics=result.metrics, step=result.step)
 
 
 def prove(run: Run, folder: Path, facts: Mapping[str, Any], report: Report, stop: Callable[[], bool]) -> None:
@@ -156,6 +157,10 @@ def _reporting(report: Report, work: Path | None = None, job_id: str | None = No
     """Keep the job's log in `work`, and report the `error` that ends the work, whatever it is."""
     log.setup("INFO" if work is None else "WARNING")
     logging.captureWarnings(capture=True)
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # of one library about another: nothing for who posted the job
+    warnings.simplefilter("ignore", DeprecationWarning)
     transformers.logging.disable_default_handler()  # it speaks past the log
     transformers.logging.enable_propagation()
     log.job_id.set(job_id)

@@ -20,7 +20,7 @@ def written(certificate: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]
         f"## What it is worth\n\n{evaluation['verdict']['words']}",
         _scores(evaluation),
         f"## How it was made\n\n{_data(data)}",
-        _spec(certificate["spec"]),
+        _spec(certificate["spec"], certificate["step"]),
         _use(base),
         f"## Prompts\n\n{_prompts(contract)}",
         f"## Checks of the saved files\n\n{_checks(certificate)}",
@@ -62,17 +62,24 @@ def _data(data: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(("data", "name", "rows", "sha256 of the file"), rows)
 
 
-def _spec(spec: Mapping[str, Any]) -> str:
+def _spec(spec: Mapping[str, Any], step: int | None) -> str:
     lora, training, base = spec["lora"], spec["training"], spec["quantization"]
     kind = "DoRA" if lora["use_dora"] else "rsLoRA" if lora["use_rslora"] else "LoRA"
     modules = lora["target_modules"]
-    length = f"{training['max_steps']} steps" if training["max_steps"] else f"{training['epochs']} epochs"
+    length = (
+        f"{training['max_steps']} steps"
+        if training["max_steps"]
+        else f"{training['epochs']:g} epochs in steps"
+    )
     held = {4: f"4-bit {base['type']}", 8: "8-bit", 16: "16-bit"}[base["bits"]]
     rows = [
         ("adapter", f"{kind}, r {lora['r']}, alpha {lora['alpha']}, dropout {lora['dropout']}"),
         ("modules", modules if isinstance(modules, str) else ", ".join(modules)),
         ("base weights", f"{held}, arithmetic in {base['compute_dtype']}"),
-        ("length", f"{length} of {training['effective_batch_size']} rows"),
+        (
+            "length",
+            f"{length} of {training['effective_batch_size']} rows" + (f"; kept: step {step}" if step else ""),
+        ),
         ("learning rate", f"{training['learning_rate']:g}, {training['scheduler']}"),
         ("optimizer", f"{training['optimizer']}, weight decay {training['weight_decay']:g}"),
         ("longest row", f"{training['max_length']} tokens"),

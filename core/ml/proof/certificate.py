@@ -34,7 +34,8 @@ class Proof(NamedTuple):
 def prove(run: Run, folder: Path, facts: Mapping[str, Any], tick: Tick) -> Proof:
     """Load what lies in `folder`, check it, compare it with its base, and write certificate.json and README.md into it.
 
-    `facts`: `metrics` of the training (`check_loss`, `eval_loss`, `base_eval_loss`), and where known `job_id`, the
+    `facts`: `metrics` of the training (`check_loss`, `eval_loss`, `base_eval_loss`), and where known `job_id`, the `step`
+    whose weights were saved, the
     resolved `spec` that the trainer reported, the names `dataset` and `validation` of the data sets. Hashes and
     rows are taken from the run's own files.
 
@@ -53,9 +54,13 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], tick: Tick) -> Proof
     model = loading.load(run.model, precision, folder)
     held += checks.weights(folder, model)
     tick()
-    found = evaluate(model, contract, run, spec, rows, tick)
+    found = evaluate(model, contract, run, spec, rows, tick, step=facts.get("step"))
     trained = facts["metrics"]
-    held += [checks.logits(found), *checks.losses(found, trained), *checks.stop_rate(found)]
+    held += [
+        checks.logits(found),
+        *checks.losses(found, trained, half=precision.dtype != "float32"),
+        *checks.stop_rate(found),
+    ]
     certificate = {
         "version": _VERSION,
         "ok": all(check.ok for check in held),
@@ -67,6 +72,7 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], tick: Tick) -> Proof
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in _LIBRARIES},
         "seed": spec.seed,
+        "step": facts.get("step"),
         "spec": facts.get("spec") or spec.model_dump(),
     }
     described = {

@@ -41,6 +41,8 @@ _SPARE = 8
 _MOST_NEW = 512
 # Tokens of all answers of a side, which take most of a proof's time; so many questions are asked all the same.
 _MOST_TOKENS = 8_192
+# Of fewer rows no interval tells anything.
+_FEWEST_ROWS = 5
 _FEWEST = 8
 
 Better = Literal["better", "no better", "worse"]
@@ -123,9 +125,17 @@ def _measured(losses: Losses, kept: list[int]) -> dict[str, float] | None:
 
 
 def evaluate(
-    model: PeftModel, contract: Contract, run: Run, spec: Spec, rows: Rows, tick: Tick
+    model: PeftModel,
+    contract: Contract,
+    run: Run,
+    spec: Spec,
+    rows: Rows,
+    tick: Tick,
+    *,
+    step: int | None = None,
 ) -> Evaluation:
-    """Measure base and adapter. `spec` is the resolved one; `tick` is called all the while, and may raise."""
+    """Measure base and adapter. `spec` is the resolved one; `tick` is called all the while, and may raise. `step` is
+    the one whose weights these are; None: the last that was planned."""
     places = range(max(spec.evaluation.rows, CHECKED_ROWS))
     lines, examples = _first(rows, len(places))
     kept = _kept(rows, lines[: spec.evaluation.rows])
@@ -137,7 +147,8 @@ def evaluate(
         seen = {rows.data.lines[place]: rows.data.examples[place] for place in rows.train[:CHECKED_ROWS]}
     fitting, limit = _fitting(seen, asked, catalogue.context(run.model))
     trained_rows = plan.trained_rows(spec, rows)
-    passes = plan.total_steps(spec, trained_rows) / plan.steps_per_epoch(spec, trained_rows)
+    steps = plan.total_steps(spec, trained_rows) if step is None else step
+    passes = steps / plan.steps_per_epoch(spec, trained_rows)
     trained = _spread(rows, min(len(kept), _TRAINED)) if kept and passes > 1 else []
 
     def side(*, base: bool) -> Side:
@@ -218,8 +229,15 @@ def verdict(found: Evaluation) -> dict[str, Any]:
 
 def _better(found: Evaluation) -> tuple[Better | None, str]:
     loss = found.loss
+    if loss is None and found.valid:
+        return (
+            None,
+            "All validation rows are trained, too, so nobody can tell whether it is better than its base model.",
+        )
     if loss is None:
         return None, "Without validation rows nobody can tell whether it is better than its base model."
+    if len(found.kept) < _FEWEST_ROWS:
+        return None, "So few validation rows cannot tell whether it is better than its base model."
     telling = next((scored for scored in found.scores if scored.name != "rouge_l"), None)
     if telling is None or (found.scores[0].name == "rouge_l"):
         low, high = -loss.interval[1], -loss.interval[0]
@@ -230,8 +248,10 @@ def _better(found: Evaluation) -> tuple[Better | None, str]:
         better
     ]
     told = [_told(scored) for scored in (*found.scores, loss)]
-    rows = "1 validation row" if len(found.kept) == 1 else f"{len(found.kept)} validation rows"
-    return better, f"On {rows} the adapter is {is_what} its base model: {'; '.join(told)}."
+    return (
+        better,
+        f"On {len(found.kept)} validation rows the adapter is {is_what} its base model: {'; '.join(told)}.",
+    )
 
 
 def _told(scored: Scored) -> str:

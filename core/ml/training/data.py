@@ -138,8 +138,8 @@ def problems(rows: Rows, run: Run) -> list[GraftError]:
         found.append(
             BadRequest(
                 "validation_empty",
-                f"None of {len(rows.data.lines)} rows can be held back: they all have the same prompt, and rows "
-                "with the same prompt stay together.",
+                f"Of {len(rows.data.lines)} rows none can be held back: rows with the same prompt stay together"
+                + (f", and {_rows(rows.data.dropped, 'too long')}." if rows.data.dropped else "."),
                 param="validation.fraction",
                 hint="Use more rows, give the validation rows as a data set of their own, or leave validation out.",
             )
@@ -196,7 +196,7 @@ def _tokenised(
 
 
 def _problems(made: Tokenised, training: Training) -> Iterator[BadRequest]:
-    long = f"{_rows(made.dropped)} longer than {made.limit} tokens"
+    long = _rows(made.dropped, f"longer than {made.limit} tokens")
     if made.dropped and training.overlength != "drop":
         even_so = " even without their prompt" if training.overlength == "truncate" else ""
         yield BadRequest(
@@ -286,8 +286,8 @@ def _split(data: Tokenised, fraction: float, seed: int) -> tuple[list[int], list
     return sorted({*places} - {*back}), back
 
 
-def _rows(lines: list[int]) -> str:
-    return "1 row is" if len(lines) == 1 else f"{len(lines)} rows are"
+def _rows(lines: Sequence[int], what: str) -> str:
+    return f"1 row is {what}" if len(lines) == 1 else f"{len(lines)} rows are {what}"
 
 
 def _some(lines: list[int]) -> str:

@@ -231,6 +231,8 @@ def counts(rows: Rows) -> dict[str, Any]:
         "validation_rows": rows.valid_count,
         "dropped": _counted(rows.data.dropped),
         "truncated": _counted(rows.data.truncated),
+        "validation_dropped": _counted(rows.valid.dropped if rows.valid else []),
+        "validation_truncated": _counted(rows.valid.truncated if rows.valid else []),
         "in_both": _counted(rows.in_both),
         "trained_tokens": sum(rows.data.trained[place] for place in rows.train),
     }

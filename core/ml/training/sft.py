@@ -12,6 +12,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import TrainerState
 
+from core.errors import GraftError
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
 from core.ml.training import assembly, plan, ranks
@@ -33,11 +34,12 @@ class Result:
 
     `metrics`: `train_loss`, the mean of all steps; `eval_loss` and `base_eval_loss` on the validation rows;
     `check_loss` of the adapter on the first 16 of them, or of the training rows where there are none. All but the
-    first are means over the trained tokens of the rows, whatever the batch size.
+    first are means over the trained tokens of the rows, whatever the batch size. `step`: whose weights these are.
     """
 
     adapter: Path | None
     metrics: dict[str, float]
+    step: int = 0
 
 
 def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
@@ -81,7 +83,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
         return Result(None, {})
 
     progress = Progress(run, spec, report)
-    sampler = Sampler(report, contract, samples.prompts_of(spec, contract, rows, context))
+    sampler = Sampler(report, stop, contract, samples.prompts_of(spec, contract, rows, context, report))
     try:
         trainer = assembly.trainer_of(model, planned, precision, contract, rows, run.work / "checkpoints")
         trainer.watchdog = guard.Watchdog(report, progress, spec, run.recoveries, _line_of(rows))
@@ -94,7 +96,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
                 at = f"{trainer.state.global_step} of {total_steps} steps"
                 raise RuntimeError(f"the training ended after {at}, and nobody asked it to")
             return Result(None, {})
-        metrics = _finish(trainer, model, spec, rows, report, progress, sampler)
+        metrics, step = _finish(trainer, model, spec, rows, report, progress, sampler)
     except (RuntimeError, MemoryError) as error:
         if not guard.is_out_of_memory(error):
             raise
@@ -103,8 +105,23 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
         ) from error
     report("phase", phase="saving")
     adapter = run.work / "adapter"
-    saving.save(model, contract, run.model, spec, adapter, first)
-    return Result(adapter, metrics)
+    try:
+        saving.save(model, contract, run.model, spec, adapter, first)
+    except GraftError as error:
+        raise (_too_short(error, spec, step) if progress.ended == "time_limit" else error) from error
+    return Result(adapter, metrics, step)
+
+
+def _too_short(error: GraftError, spec: Spec, step: int) -> GraftError:
+    """An adapter that changes nothing, where the time limit is the reason."""
+    if error.code != "inert_adapter":
+        return error
+    return GraftError(
+        error.code,
+        f"The time limit of {spec.limits.max_seconds} s ended the training at step {step}, before it had changed anything.",
+        status=422,
+        hint="Raise limits.max_seconds.",
+    )
 
 
 def _first_weights(run: Run, spec: Spec, model: PeftModel) -> Path | None:
@@ -149,8 +166,8 @@ def _finish(
     report: Report,
     progress: Progress,
     sampler: Sampler,
-) -> dict[str, float]:
-    """Leave the best weights in the model, and measure them."""
+) -> tuple[dict[str, float], int]:
+    """Leave the best weights in the model, and measure them; their step."""
     report("phase", phase="evaluating")
     step = trainer.state.global_step
     if progress.best_step is not None and progress.best_folder is not None:
@@ -170,7 +187,7 @@ def _finish(
     metrics = {"train_loss": sum(losses) / max(len(losses), 1)}
     if rows.valid_count:
         valid = rows.valid_examples
-        if progress.best_loss is None:
+        if progress.best_loss is None or progress.best_precision != progress.precision:
             metrics["eval_loss"] = trainer.loss_on(valid)
             report("metrics", step=step, values={"eval_loss": metrics["eval_loss"]}, progress=None)
         else:
@@ -181,4 +198,4 @@ def _finish(
     checked = (rows.valid_examples if rows.valid_count else rows.train_examples)[:CHECKED_ROWS]
     metrics["check_loss"] = trainer.loss_on(checked)
     sampler.tell(step, model)
-    return metrics
+    return metrics, step

@@ -16,14 +16,14 @@ from core.ml.training.config import Spec
 from core.ml.training.files.checkpoints import WEIGHTS
 from core.ml.training.run import Run
 
-_KEPT = ("seconds", "tokens", "skipped", "best_loss", "best_step", "waited", "ended")
+_KEPT = ("seconds", "tokens", "skipped", "best_loss", "best_step", "best_precision", "waited", "ended")
 
 
 class Progress(TrainerCallback, ExportableState):
     """Lies in the trainer's state of every checkpoint, so that a resumed run decides as an undisturbed one.
 
-    `seconds` of training and `tokens` seen, of all attempts; batches `skipped`; the lowest validation loss and its
-    step; how many evaluations have `waited` for a better one; `ended`: why before the last step, if it did.
+    `seconds` of training and `tokens` seen, of all attempts; batches `skipped`; the lowest validation loss, its
+    step and the precision it was measured in; how many evaluations have `waited` for a better one; `ended`: why before the last step, if it did.
     `suspicious` says that the weights may be bad, `resumable` that there is a checkpoint to go back to.
     """
 
@@ -33,6 +33,8 @@ class Progress(TrainerCallback, ExportableState):
         self.tokens = self.skipped = self.waited = 0
         self.best_loss: float | None = None
         self.best_step: int | None = None
+        self.precision = spec.quantization.compute_dtype
+        self.best_precision: str | None = None
         self.ended: str | None = None
         self.suspicious = False
         self.resumable = run.resume is not None
@@ -88,7 +90,7 @@ class Progress(TrainerCallback, ExportableState):
         lowest = math.inf if self.best_loss is None else self.best_loss
         self.waited = 0 if loss < lowest - (stopping.min_delta if stopping else 0) else self.waited + 1
         if loss < lowest and not self.suspicious:
-            self.best_loss, self.best_step = loss, step
+            self.best_loss, self.best_step, self.best_precision = loss, step, self.precision
             control.should_save = True
             self.report("best", step=step, eval_loss=loss)
         if stopping is None or self.waited < stopping.patience or step >= state.max_steps:
@@ -96,7 +98,9 @@ class Progress(TrainerCallback, ExportableState):
         self.ended = self.ended or "early_stop"
         control.should_training_stop = True
         control.should_save = control.should_save or not self.suspicious
-        message = f"Stopped early at step {step}: no better validation loss in {self.waited} evaluations."
+        than = f" by more than {stopping.min_delta:g}" if stopping.min_delta else ""
+        times = "1 evaluation" if self.waited == 1 else f"{self.waited} evaluations"
+        message = f"Stopped early at step {step}: no better validation loss{than} in {times}."
         self._note("early_stop", message, {"step": step, "best_step": self.best_step})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,10 +9,12 @@ from transformers import TrainerCallback
 
 from core.ml import prompts
 from core.ml.inference import greedy
+from core.ml.inference.greedy import Tick
 from core.ml.prompts import Contract
 from core.ml.training import ranks
 from core.ml.training.config import Spec
 from core.ml.training.data import Rows
+from core.ml.training.loop.reporter import Report, alive
 
 _ROWS = 3
 _NEW_TOKENS = 64
@@ -29,11 +31,19 @@ class Prompt:
     expected: str | None
 
 
-def prompts_of(spec: Spec, contract: Contract, rows: Rows, context: int) -> list[Prompt]:
-    """The spec's prompts, or those of the first validation rows; without those that leave no room for an answer."""
+def prompts_of(spec: Spec, contract: Contract, rows: Rows, context: int, report: Report) -> list[Prompt]:
+    """The spec's prompts, or those of the first validation rows; those that leave no room for an answer are named."""
     asked = spec.evaluation.prompts
     found = [_given(contract, text) for text in asked] if asked else _from_rows(contract, rows)
-    return [prompt for prompt in found if prompt.ids and len(prompt.ids) + _NEW_TOKENS <= context]
+    fitting = [prompt for prompt in found if prompt.ids and len(prompt.ids) + _NEW_TOKENS <= context]
+    if asked and len(fitting) < len(found):
+        left_out = [number for number, prompt in enumerate(found) if prompt not in fitting]
+        message = (
+            f"Not answered, as they leave no room for {_NEW_TOKENS} tokens within the {context} that the model reads: "
+            f"evaluation.prompts {', '.join(map(str, left_out))}."
+        )
+        report("note", type="prompts_left_out", level="warning", message=message, data={"prompts": left_out})
+    return fitting
 
 
 def _given(contract: Contract, text: str) -> Prompt:
@@ -61,9 +71,11 @@ def _of_row(contract: Contract, ids: list[int], labels: list[int]) -> Prompt:
     )
 
 
-def answered(model: Any, contract: Contract, asked: Sequence[Prompt]) -> list[dict[str, Any]]:
+def answered(
+    model: Any, contract: Contract, asked: Sequence[Prompt], tick: Tick = lambda: None
+) -> list[dict[str, Any]]:
     """{prompt, expected, text, finish_reason} of each prompt."""
-    made = greedy.answers(model, contract, [prompt.ids for prompt in asked], _NEW_TOKENS)
+    made = greedy.answers(model, contract, [prompt.ids for prompt in asked], _NEW_TOKENS, tick)
     return [
         {
             "prompt": prompt.shown,
@@ -75,11 +87,17 @@ def answered(model: Any, contract: Contract, asked: Sequence[Prompt]) -> list[di
     ]
 
 
+class _StoppedError(Exception):
+    """Somebody asked the run to leave."""
+
+
 class Sampler(TrainerCallback):
     """Reports the answers at every evaluation; `told` are the steps of which it did."""
 
-    def __init__(self, report: Callable[..., None], contract: Contract, asked: Sequence[Prompt]) -> None:
-        self.report, self.contract, self.asked = report, contract, asked
+    def __init__(
+        self, report: Report, stop: Callable[[], bool], contract: Contract, asked: Sequence[Prompt]
+    ) -> None:
+        self.report, self.stop, self.contract, self.asked = report, stop, contract, asked
         self.told: set[int] = set()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
@@ -87,7 +105,18 @@ class Sampler(TrainerCallback):
 
     def tell(self, step: int, model: Any) -> None:
         """Once a step, by the first rank; where the ranks share the model all of them have to take part."""
-        taking_part = ranks.is_first() or isinstance(model, FSDPModule)
-        if self.asked and step not in self.told and taking_part:
-            self.told.add(step)
-            self.report("samples", step=step, samples=answered(model, self.contract, self.asked))
+        shared = isinstance(model, FSDPModule)
+        if not self.asked or step in self.told or not (shared or ranks.is_first()):
+            return
+
+        def tick() -> None:
+            if self.stop() and not shared:  # of those that share a model none may leave alone
+                raise _StoppedError
+
+        try:
+            with alive(self.report):
+                made = answered(model, self.contract, self.asked, tick)
+        except _StoppedError:
+            return
+        self.told.add(step)
+        self.report("samples", step=step, samples=made)

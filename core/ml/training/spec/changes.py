@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from core.errors import BadRequest
 from core.ml.training import config
 from core.ml.training.config import Spec
+from core.ml.training.spec import support
 
 Json = dict[str, Any]
 
@@ -39,7 +40,7 @@ def merged(kept: Json, changes: Json) -> Json:
     """A job's kept spec with `changes` in it, valid again and with nothing left "auto" that needs no data.
 
     Raises:
-        BadRequest: `invalid_request`, the changes do not go with the rest of the spec.
+        BadRequest: `invalid_request`, the changes do not go with the rest of the spec; what `support.check` refuses.
     """
     validation = kept.get("validation")
     spec = _joined({name: value for name, value in kept.items() if name != "validation"}, changes)
@@ -50,6 +51,7 @@ def merged(kept: Json, changes: Json) -> Json:
             spec["training"] = spec["training"] | {other: None}
     try:
         whole = config.settle(Spec.model_validate(spec))
+        support.check(whole)
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])

@@ -78,8 +78,8 @@ def made(spec: Spec, rows: Rows, device: Device, shape: Shape | None, *, kept: b
 
 def _on_device(spec: Spec, device: Device) -> Spec:
     quantization = spec.quantization.model_copy(update={"compute_dtype": device.compute_dtype})
-    packing = device.packing if spec.training.packing == "auto" else spec.training.packing
-    training = spec.training.model_copy(update={"packing": packing})
+    packed = device.packing if spec.training.packing == "auto" else spec.training.packing
+    training = spec.training.model_copy(update={"packing": packed})
     return spec.model_copy(update={"quantization": quantization, "training": training})
 
 

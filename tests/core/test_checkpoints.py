@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from core.errors import GraftError
 from core.ml.training.files import checkpoints
 
 
@@ -79,3 +80,14 @@ def test_pickles_and_what_is_not_needed_are_left_out(folder: Path) -> None:
         (folder / name).write_bytes(b"x")
     assert not {"training_args.bin", "tokenizer.json"} & {info["path"] for info in sealed(folder)}
     assert not (folder / "training_args.bin").exists()
+
+
+def test_only_the_kind_of_processes_that_made_a_checkpoint_matters(tmp_path: Path) -> None:
+    for name in checkpoints.REQUIRED:
+        (tmp_path / name).write_bytes(b"x")
+    checkpoints.check(
+        tmp_path, sharded=False
+    )  # of one process; several take it, too, with other random states
+    with pytest.raises(GraftError) as caught:
+        checkpoints.check(tmp_path, sharded=True)
+    assert caught.value.code == "checkpoint_of_other_sharding"

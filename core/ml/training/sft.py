@@ -147,7 +147,7 @@ def _line_of(rows: Rows) -> Callable[[list[int]], int | None]:
 def _run(trainer: Trainer, run: Run, progress: Progress, total_steps: int) -> None:
     """Train to the end, or until asked to stop; from a checkpoint where there is one."""
     if run.resume is not None:
-        checkpoints.check(run.resume, run.processes, sharded=run.sharded)
+        checkpoints.check(run.resume, sharded=run.sharded)
         state = TrainerState.load_from_json(str(run.resume / "trainer_state.json"))
         progress.restore(state)
         if state.global_step >= total_steps or progress.ended is not None:

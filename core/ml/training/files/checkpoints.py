@@ -17,6 +17,7 @@ REQUIRED = (
     "rng_state.pth",
     "trainer_state.json",
 )
+_WHOLE = ("optimizer.pt",)
 _SHARDED = ("pytorch_model_fsdp.bin", "optimizer.bin")
 # Not needed to resume; training_args.bin is a pickle that can hold tokens and paths.
 _DROPPED = (
@@ -33,33 +34,34 @@ def seal(folder: Path, processes: int = 1, *, sharded: bool = False) -> list[Fil
     for name in _DROPPED:
         (folder / name).unlink(missing_ok=True)
     files = describe(folder)
-    if missing := _missing(folder, processes, sharded=sharded):
-        raise RuntimeError(f"{folder.name} lacks {missing}")
+    missing = _required(processes, sharded=sharded) - {info["path"] for info in files}
+    if missing:
+        raise RuntimeError(f"{folder.name} lacks {', '.join(sorted(missing))}")
     return files
 
 
-def check(folder: Path, processes: int = 1, *, sharded: bool = False) -> None:
-    """Raises GraftError `checkpoint_of_other_processes`: as many processes, sharing the model or not, made another one."""
-    if missing := _missing(folder, processes, sharded=sharded):
+def check(folder: Path, *, sharded: bool) -> None:
+    """Whether processes that share the model, or that do not, can go on from here; how many made it does not matter.
+
+    Raises:
+        GraftError: `checkpoint_of_other_sharding`.
+    """
+    missing = [name for name in (_SHARDED if sharded else _WHOLE) if not (folder / name).is_file()]
+    if missing:
         raise GraftError(
-            "checkpoint_of_other_processes",
-            f"The checkpoint was made with other GRAFT_TRAINER_PROCESSES or GRAFT_TRAINER_SHARDING: it lacks {missing}.",
+            "checkpoint_of_other_sharding",
+            f"The checkpoint was made with another GRAFT_TRAINER_SHARDING: it lacks {', '.join(missing)}.",
             status=409,
-            hint="Start the worker with the settings of then and retry the job, or retry it with another seed: it then "
+            hint="Start the worker with the setting of then and retry the job, or retry it with another seed: it then "
             "begins anew.",
         )
-
-
-def _missing(folder: Path, processes: int, *, sharded: bool) -> str:
-    needed = _required(processes, sharded=sharded)
-    return ", ".join(sorted(name for name in needed if not (folder / name).is_file()))
 
 
 def _required(processes: int, *, sharded: bool) -> set[str]:
     names = set(REQUIRED)
     if processes > 1:
         names = names - {"rng_state.pth"} | {f"rng_state_{index}.pth" for index in range(processes)}
-    return names - {"optimizer.pt"} | set(_SHARDED) if sharded else names
+    return names - set(_WHOLE) | set(_SHARDED) if sharded else names
 
 
 def is_whole(folder: Path, files: Sequence[FileInfo | dict[str, Any]]) -> bool:

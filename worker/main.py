@@ -80,16 +80,12 @@ def _prepare(context: Context) -> None:
     sharded = config.trainer_processes > 1 and config.trainer_sharding == "fsdp"
     process = spawn.start("prepare", default, config.trainer_processes, sharded, patience=60)
     try:
-        while True:
-            ended = process.exit_code is not None
-            news = process.receive(0 if ended else 1)
+        for news in process.news(1):
             for kind, data in news:
                 if kind == "device":
                     context.device.update(data)  # the next beat writes it, when the database is there
                 elif kind == "error":
                     logger.warning("the default base model is not ready", extra={"error": data})
-            if ended and not news:
-                break
             process.tell("beat")
     finally:
         process.close()

@@ -22,6 +22,7 @@ _TICK_SECONDS = 0.5
 _SILENCE_SECONDS = 60
 _BUSY = {"unknown": "No worker is free."}
 _LEAVING = {"unknown": "The worker shuts down."}
+_TOGETHER = {"unknown": "The worker trains in several processes at once, which is not measured beforehand."}
 # Two runs at once would be measured on half a device each.
 _alone = threading.Lock()
 
@@ -33,8 +34,13 @@ def run(context: Context, probe_id: str) -> None:
         busy = probes.is_busy(session, context.owner)
     if question is None:
         return
-    found = _LEAVING if context.stopping.is_set() else _BUSY
-    if found is _BUSY and not busy and _alone.acquire(blocking=False):
+    if context.settings.trainer_processes > 1:
+        found = _TOGETHER
+    elif context.stopping.is_set():
+        found = _LEAVING
+    elif busy or not _alone.acquire(blocking=False):
+        found = _BUSY
+    else:
         try:
             found = _found(context, *question)
         finally:
@@ -47,9 +53,9 @@ def _found(context: Context, asked: Probe, seconds: float) -> dict[str, Any]:
     """The answer: {measured}, or the {error} that a job would end with, or why both are {unknown}."""
     until = time.monotonic() + seconds
     work = context.settings.scratch / asked.id
-    shutil.rmtree(work, ignore_errors=True)  # of a worker that died over the same question
-    work.mkdir(parents=True)
     try:
+        shutil.rmtree(work, ignore_errors=True)  # of a worker that died over the same question
+        work.mkdir(parents=True)
         return _measured(context, artifacts.fetch_run(context, asked, work), until)
     except GraftError as error:
         return {"error": error.as_dict() | {"param": error.param}}
@@ -64,12 +70,8 @@ def _measured(context: Context, run: Run, until: float) -> dict[str, Any]:
     trainer = spawn.start("probe", run, patience=_SILENCE_SECONDS)
     found: dict[str, Any] = {}
     try:
-        while True:
-            ended = trainer.exit_code is not None
-            news = trainer.receive(0 if ended else _TICK_SECONDS)
+        for news in trainer.news(_TICK_SECONDS):
             found |= {kind: data for kind, data in news if kind in ("measured", "error")}
-            if ended and not news:
-                break
             if context.stopping.is_set():
                 return _LEAVING
             if time.monotonic() > until:

@@ -78,6 +78,7 @@ def _preflight(body: JobCreate, services: Services, caller: Caller) -> Preflight
         dataset_id=train.id,
         spec=spec.model_dump(),
     )
+    tokens = None
     with tempfile.TemporaryDirectory(dir=services.settings.uploads) as folder:
         run = Run(
             model=base,
@@ -105,15 +106,15 @@ def _preflight(body: JobCreate, services: Services, caller: Caller) -> Preflight
             _count(answer, run, rows)
             if device is not None and not answer.problems:
                 try:
-                    _reckon(answer, run, rows, device)
+                    tokens = _reckon(answer, run, rows, device)
                 except BadRequest as error:
                     answer.problems = [Problem.of(error)]
     if answer.problems:
         answer.ok, answer.not_measured = False, "The job would fail."
     else:
         _measure(services, body.kept_spec(asked), answer)
-        if answer.ok and answer.seconds_per_step is None:
-            _by_earlier_jobs(services, answer, sum(rows.data.lengths) / len(rows.data.lengths))
+        if answer.ok and answer.seconds_per_step is None and tokens is not None:
+            _by_earlier_jobs(services, answer, tokens)
     return answer
 
 
@@ -138,18 +139,20 @@ def _count(answer: PreflightOut, run: Run, rows: Rows) -> None:
         answer.total_steps = plan.total_steps(run.spec, plan.trained_rows(run.spec, rows))
 
 
-def _reckon(answer: PreflightOut, run: Run, rows: Rows, device: dict[str, Any]) -> None:
-    """The plan for the device that a worker has told of, before anything is measured there."""
+def _reckon(answer: PreflightOut, run: Run, rows: Rows, device: dict[str, Any]) -> float:
+    """The plan for the device that a worker has told of, before anything is measured there; its tokens of a step."""
     known = {field.name: device[field.name] for field in dataclasses.fields(Device) if field.name in device}
     if run.spec.quantization.compute_dtype != "auto":
         known["compute_dtype"] = run.spec.quantization.compute_dtype
     shape = memory.shape_of(catalogue.configuration(run.model))
     planned = plan.made(run.spec, rows, Device(**known), shape)
-    answer.spec, answer.device = planned.spec.model_dump(), device["name"]
+    answer.spec, answer.total_steps = planned.spec.model_dump(), planned.total_steps
+    answer.device = device["name"]
     if planned.memory_bytes is not None:
         answer.memory = MemoryOut(
             needed_bytes=planned.memory_bytes, present_bytes=device["free_bytes"], measured=False
         )
+    return plan.tokens_of_step(planned.spec, rows)
 
 
 def _measure(services: Services, spec: dict[str, Any], answer: PreflightOut) -> None:
@@ -165,7 +168,7 @@ def _measure(services: Services, spec: dict[str, Any], answer: PreflightOut) -> 
         answer.ok, answer.not_measured = False, "The job would fail."
         answer.problems = [Problem(**error)]
     elif measured := found.get("measured"):
-        answer.spec = measured["spec"]
+        answer.spec, answer.total_steps = measured["spec"], measured["total_steps"]
         answer.device = measured["device"]
         answer.memory = MemoryOut(
             needed_bytes=measured["memory_needed_bytes"],
@@ -173,19 +176,18 @@ def _measure(services: Services, spec: dict[str, Any], answer: PreflightOut) -> 
             measured=True,
         )
         answer.seconds_per_step = measured["seconds_per_step"]
-        steps = answer.total_steps or 0
-        answer.eta_seconds = measured["load_seconds"] + steps * measured["seconds_per_step"]
+        answer.eta_seconds = measured["load_seconds"] + measured["training_seconds"]
     else:
         answer.not_measured = found["unknown"]
 
 
-def _by_earlier_jobs(services: Services, answer: PreflightOut, length: float) -> None:
-    """The seconds that rows of so many tokens take, by an earlier run alike."""
+def _by_earlier_jobs(services: Services, answer: PreflightOut, tokens: float) -> None:
+    """The seconds that steps of so many tokens take, by earlier runs alike."""
     with db.reading(services.sessions) as session:
-        speed = probes.experience(session, answer.model, answer.spec)
-    if speed and answer.total_steps:
-        answer.seconds_per_step = length * answer.spec["training"]["effective_batch_size"] / speed
-        answer.eta_seconds = answer.total_steps * answer.seconds_per_step
+        earlier = probes.experience(session, answer.model, answer.spec)
+    if earlier and answer.total_steps:
+        answer.seconds_per_step = tokens / earlier.steps
+        answer.eta_seconds = answer.total_steps * tokens / earlier.overall
 
 
 def _wait(services: Services, probe_id: str) -> dict[str, Any]:

@@ -135,11 +135,13 @@ def test_a_wrong_body_is_refused_as_a_job_would_be(api: Api) -> None:
 
 MEASURED = {
     "spec": {"seed": 7},
+    "total_steps": 2,
     "device": "GPU",
     "memory_needed_bytes": 10,
     "memory_present_bytes": 20,
     "seconds_per_step": 2.0,
     "load_seconds": 3.0,
+    "training_seconds": 4.0,
 }
 ERROR = {"code": "unknown_target_modules", "message": "No.", "hint": None, "param": "lora.target_modules"}
 
@@ -192,21 +194,52 @@ def test_a_worker_is_asked_only_while_it_has_nothing_to_do(api: Api, monkeypatch
     assert asked(api, [pair(0)])["not_measured"] == "No worker is free."
 
 
+def busy_worker(api: Api, *, packing: bool = False) -> None:
+    """One that has told of its device, and has no slot free."""
+    device = {
+        "name": "CPU",
+        "compute_dtype": "float32",
+        "cuda": False,
+        "free_bytes": 10**10,
+        "packing": packing,
+    }
+    with api.sessions.begin() as session:
+        workers.beat(session, "worker_1", 0, device)
+
+
 @only_sqlite
-def test_where_nothing_is_measured_an_earlier_job_alike_tells_the_seconds(api: Api) -> None:
+def test_where_nothing_is_measured_earlier_jobs_alike_tell_the_seconds(api: Api) -> None:
+    busy_worker(api)
     training = {"max_steps": 10, "effective_batch_size": 2}
     found = asked(api, [pair(0), pair(1)], training=training)
     assert found["seconds_per_step"] is None
-    for speed, changed in ((50.0, {}), (1.0, {"lora": found["spec"]["lora"] | {"r": 64}})):
+    assert found["memory"]["measured"] is False
+    lora = found["spec"]["lora"]
+    for speed, changed in ((49.0, {}), (50.0, {}), (70.0, {}), (1.0, {"lora": lora | {"r": 64}})):
         job = rows.job(api.sessions, api.project_id, model=found["model"], spec=found["spec"] | changed)
         fence = rows.claimed(api.sessions, job.id).fence
         with api.sessions.begin() as session:
             events.measure(session, job.id, 1, {"tokens_per_second": speed})
+            measured = {"tokens": 100, "train_seconds": 100 / speed * 2}
+            attempts.renew(session, job.id, fence, 60, metrics=measured)
             attempts.succeed(session, job.id, fence, rows.adapter(api.project_id, job.id))
     found = asked(api, [pair(0), pair(1)], training=training)
-    assert found["seconds_per_step"] == found["tokens"]["total"] / 50
-    assert found["eta_seconds"] == 10 * found["seconds_per_step"]
+    assert found["seconds_per_step"] == pytest.approx(found["tokens"]["total"] / 50)
+    # Half of those jobs' time went into evaluations and checkpoints.
+    assert found["eta_seconds"] == pytest.approx(20 * found["seconds_per_step"])
     assert found["not_measured"] == "No worker is free."
+
+
+@only_sqlite
+def test_steps_are_those_of_packed_rows_where_the_device_packs(api: Api) -> None:
+    data = [pair(n) for n in range(40)]
+    training = {"epochs": 1, "effective_batch_size": 2, "max_length": 256}
+    assert asked(api, data, training=training)["total_steps"] == 20
+    busy_worker(api, packing=True)
+    found = asked(api, data, training=training)
+    assert found["spec"]["training"]["packing"] is True
+    packs = -(-found["tokens"]["total"] // 256)
+    assert found["total_steps"] == -(-packs // 2) < 20
 
 
 @only_sqlite

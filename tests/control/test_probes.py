@@ -71,6 +71,7 @@ def test_a_job_of_an_earlier_version_is_not_alike(sessions: Sessions) -> None:
         with sessions.begin() as session:
             speed = 50.0 if kept is spec else 1.0
             events.measure(session, job.id, 1, {"tokens_per_second": speed})
+            attempts.renew(session, job.id, fence, 60, metrics={"tokens": 200, "train_seconds": 5})
             attempts.succeed(session, job.id, fence, rows.adapter(project_id, job.id))
     with sessions() as session:
-        assert probes.experience(session, job.model, spec) == 50.0
+        assert probes.experience(session, job.model, spec) == (50.0, 40.0)

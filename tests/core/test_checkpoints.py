@@ -6,12 +6,14 @@ import pytest
 from core.errors import GraftError
 from core.ml.training.files import checkpoints
 
+REQUIRED = sorted(checkpoints.required())
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     made = tmp_path / "checkpoint-5"
     made.mkdir()
-    for name in checkpoints.REQUIRED:
+    for name in REQUIRED:
         (made / name).write_bytes(name.encode() * 100)
     (made / "adapter_config.json").write_text("{}")
     return made
@@ -23,12 +25,12 @@ def sealed(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_sealed_checkpoint_is_whole_and_lists_every_file(folder: Path) -> None:
     files = sealed(folder)
-    assert {info["path"] for info in files} == {*checkpoints.REQUIRED, "adapter_config.json"}
+    assert {info["path"] for info in files} == {*REQUIRED, "adapter_config.json"}
     assert {info["path"]: info["bytes"] for info in files}["optimizer.pt"] == len("optimizer.pt") * 100
     assert checkpoints.is_whole(folder, files)
 
 
-@pytest.mark.parametrize("name", checkpoints.REQUIRED)
+@pytest.mark.parametrize("name", REQUIRED)
 def test_one_flipped_bit_is_seen(folder: Path, name: str) -> None:
     files = sealed(folder)
     content = bytearray((folder / name).read_bytes())
@@ -68,7 +70,7 @@ def test_sealing_again_changes_nothing(folder: Path) -> None:
     assert sealed(folder) == sealed(folder)
 
 
-@pytest.mark.parametrize("name", checkpoints.REQUIRED)
+@pytest.mark.parametrize("name", REQUIRED)
 def test_a_checkpoint_that_could_not_be_resumed_is_not_sealed(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(RuntimeError, match=name):
@@ -83,7 +85,7 @@ def test_pickles_and_what_is_not_needed_are_left_out(folder: Path) -> None:
 
 
 def test_only_the_kind_of_processes_that_made_a_checkpoint_matters(tmp_path: Path) -> None:
-    for name in checkpoints.REQUIRED:
+    for name in REQUIRED:
         (tmp_path / name).write_bytes(b"x")
     checkpoints.check(
         tmp_path, sharded=False

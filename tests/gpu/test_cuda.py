@@ -96,10 +96,7 @@ def test_trainers_of_the_fork_server_reach_the_device(models: Catalogue, tmp_pat
         posted = time.monotonic()
         trainer = spawn.start("train", run(models, tmp_path / str(number), 3), "job", patience=60)
         reports: list[tuple[str, dict[str, Any]]] = []
-        ended, news = False, []
-        while not ended or news:
-            ended = trainer.exit_code is not None
-            news = trainer.receive(0 if ended else 0.2)
+        for news in trainer.news(0.2):
             reports += news
             first = [data for kind, data in news if kind == "first_step"]
             if first:

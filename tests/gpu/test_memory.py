@@ -82,9 +82,8 @@ def test_a_probe_measures_what_the_run_then_takes(models: Catalogue, tmp_path: P
     try:
         probe = spawn.start("probe", run(models, tmp_path / "probe", 30, training=training), patience=120)
         reports: Reports = []
-        while not reports or reports[-1][0] not in ("measured", "error"):
-            reports += probe.receive(0.5)
-            assert reports or probe.exit_code is None
+        for news in probe.news(0.5):
+            reports += news
             probe.tell("beat")
         probe.close()
     finally:

@@ -38,8 +38,8 @@ def trained(given: Run) -> Reports:
     process = spawn.start("train", given, "job", patience=60)
     reports: Reports = []
     try:
-        while process.exit_code is None or (news := process.receive(0)):
-            news = process.receive(0.2)
+        for news in process.news(0.2):
+            process.tell("beat")
             reports += news
     finally:
         process.close()

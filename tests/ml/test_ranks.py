@@ -60,16 +60,14 @@ def watched(process: spawn.Child, on_step: Callable[[int], None]) -> Reports:
     """All reports of a trainer; `on_step` is told of every step it has made."""
     reports: Reports = []
     until = time.monotonic() + 120
-    while time.monotonic() < until:
-        ended = process.exit_code is not None
-        news = process.receive(0 if ended else 0.2)
+    for news in process.news(0.2):
+        assert time.monotonic() < until
+        process.tell("beat")
         reports += news
         for kind, data in news:
             if kind == "metrics" and data["progress"]:
                 on_step(data["step"])
-        if ended and not news:
-            return reports
-    raise TimeoutError
+    return reports
 
 
 def test_two_processes_give_the_losses_and_the_adapter_of_one(few: MakeRun) -> None:
@@ -85,6 +83,7 @@ def test_two_processes_give_the_losses_and_the_adapter_of_one(few: MakeRun) -> N
     assert kind == "done", done
     for name in ("loss", "grad_norm", "learning_rate", "eval_loss"):
         assert series(reports, name) == pytest.approx(series(expected, name), rel=1e-5), name
+    assert done["metrics"].pop("train_seconds") > 0
     assert done["metrics"] == pytest.approx(alone.metrics, rel=1e-5)
     assert [data for kind, data in reports if kind == "samples"] == [
         data for kind, data in expected if kind == "samples"
@@ -132,6 +131,22 @@ def test_two_processes_stop_resume_and_end_together(
     assert list(told.values()) == pytest.approx([expected[at] for at in told], rel=1e-4)
 
 
+def test_a_fault_of_one_process_is_no_lack_of_memory(
+    few: MakeRun, start: Callable[[Run], spawn.Child]
+) -> None:
+    process = start(in_two(few("broken", **NF4)))
+
+    def break_one(at: int) -> None:
+        if at == 2:
+            family = psutil.Process(process.process.pid).children(recursive=True)
+            ranks = [one for one in family if one.cmdline()[-2:] == ["-m", "worker.child.rank"]]
+            ranks[1].send_signal(signal.SIGSEGV)
+
+    told = watched(process, break_one)
+    assert process.exit_code == 1
+    assert not {kind for kind, _ in told} & {"done", "stopped", "again", "error"}
+
+
 @pytest.mark.parametrize(
     ("training", "param"),
     [
@@ -157,7 +172,7 @@ def test_more_processes_than_devices_are_refused(make_run: MakeRun) -> None:
 
 
 def test_a_checkpoint_without_a_ranks_random_states_is_not_sealed(tmp_path: Path) -> None:
-    for name in checkpoints._required(2, sharded=False) - {"rng_state_1.pth"}:
+    for name in checkpoints.required(2) - {"rng_state_1.pth"}:
         (tmp_path / name).touch()
     with pytest.raises(RuntimeError, match=r"rng_state_1\.pth"):
         checkpoints.seal(tmp_path, 2)

@@ -1,7 +1,9 @@
 """A worker asked what a run would take, and what it answers when something is in the way."""
 
 import multiprocessing
+import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,11 @@ def test_a_few_steps_are_measured_and_nothing_stays(context: Context, dataset: D
     assert found is not None
     measured = found["measured"]
     assert measured["spec"]["training"]["gradient_checkpointing"] in (True, False)
+    assert measured["total_steps"] == 2
     assert 0 < measured["memory_needed_bytes"] < measured["memory_present_bytes"]
     assert measured["seconds_per_step"] > 0
     assert measured["load_seconds"] > 0
+    assert measured["training_seconds"] > 2 * measured["seconds_per_step"]
     assert list(context.settings.scratch.iterdir()) == []
 
 
@@ -116,3 +120,20 @@ def test_a_worker_that_leaves_says_so_and_an_old_question_is_left_alone(
     context.stopping.set()
     probe.run(context, asked)
     assert answer(context, asked) == {"unknown": "The worker shuts down."}
+
+
+def test_a_run_in_several_processes_is_not_measured(context: Context, dataset: Dataset) -> None:
+    asked = ask(context, dataset.id)
+    several = context.settings.model_copy(update={"trainer_processes": 2})
+    probe.run(replace(context, settings=several), asked)
+    found = answer(context, asked)
+    assert found is not None
+    assert "several processes" in found["unknown"]
+
+
+def test_a_work_folder_that_cannot_be_made_is_said(context: Context, dataset: Dataset) -> None:
+    shutil.rmtree(context.settings.scratch, ignore_errors=True)
+    context.settings.scratch.write_text("in the way")
+    asked = ask(context, dataset.id)
+    probe.run(context, asked)
+    assert answer(context, asked) == {"unknown": "The worker met NotADirectoryError."}

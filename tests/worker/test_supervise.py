@@ -26,7 +26,7 @@ FAILED = {"code": "adapter_changes_nothing", "message": "lora_B is zero.", "hint
 Report = tuple[str, dict[str, Any]]
 
 
-class Played:
+class Played(spawn.Child):
     """A child that says its words and ends; without a last word it stays until it is told to stop or killed."""
 
     def __init__(self, words: list[Report], *, stays: bool = False, exit_code: int = 0) -> None:

@@ -248,7 +248,7 @@ def test_a_step_that_was_not_evaluated_is_not_the_best(context: Context, attempt
     attempt.stored.append({"step": 3, "files": []})
     report(context, attempt, measured(3, loss=1.0))
     attempt.stored.append({"step": 4, "files": []})
-    report(context, attempt, ("best", {"step": 4, "eval_loss": 0.2}))
+    report(context, attempt, ("metrics", {"step": 4, "values": {"eval_loss": 0.2}, "progress": None}))
     with context.sessions() as session:
         saved = events.checkpoints(session, attempt.job.id)
     assert {row.step: row.metrics for row in saved} == {3: {"train_loss": 1.0}, 4: {"eval_loss": 0.2}}

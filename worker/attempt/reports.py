@@ -159,11 +159,6 @@ def _metrics(session: Session, attempt: Attempt, data: Json, news: _News) -> Non
         news.columns |= {"step": data["step"], **data["progress"]}
 
 
-def _best(session: Session, attempt: Attempt, data: Json, _news: _News) -> None:
-    # The checkpoint of this step follows; by this value it is kept beside the last ones.
-    events.measure(session, attempt.job.id, data["step"], {"eval_loss": data["eval_loss"]})
-
-
 def _samples(session: Session, attempt: Attempt, data: Json, _news: _News) -> None:
     message = f"Answers to {len(data['samples'])} prompts at step {data['step']}."
     events.add(session, attempt.job.id, "samples", message, data=data)
@@ -184,7 +179,6 @@ _RECORDS: dict[str, Callable[[Session, Attempt, Json, _News], None]] = {
     "model_loaded": _model_loaded,
     "first_step": _first_step,
     "metrics": _metrics,
-    "best": _best,
     "samples": _samples,
     "note": _note,
 }

@@ -98,16 +98,12 @@ def _until_end(
 ) -> None:
     written = heard = logged = time.monotonic()
     told = False
-    while True:
+    for news in process.news(_TICK_SECONDS):
         if time.monotonic() - logged > _LOG_SECONDS:
             logged = time.monotonic()
             uploader.submit(artifacts.store_log, context, attempt.job, attempt.work)
-        ended = process.exit_code is not None
-        news = process.receive(0 if ended else _TICK_SECONDS)
         for kind, data in news:
             _take(context, attempt, kind, data, uploader)
-        if ended and not news:
-            break
         heard = time.monotonic() if news else heard
         if time.monotonic() - heard > context.settings.stall_seconds:
             why = f"its trainer gave no sign of life for {context.settings.stall_seconds:.0f} s"

@@ -5,7 +5,6 @@ the worker, and the worker's "stop" goes to every rank. The ranks end when this 
 """
 
 import contextlib
-import ctypes
 import os
 import secrets
 import signal
@@ -24,6 +23,7 @@ import torch
 from core.errors import GraftError
 from core.ml.training.loop.reporter import Report
 from core.ml.training.run import Run
+from worker.child.parent import end_with_parent
 
 ADDRESS, KEY = "TRAINING_RANKS_ADDRESS", "TRAINING_RANKS_KEY"
 # How a rank's work ends; after its last word it waits to be let go.
@@ -33,13 +33,13 @@ _TICK_SECONDS = 0.2
 # A rank that broke takes others with it, which then report errors of their own: its end is seen by now.
 _GRACE_SECONDS = 1.0
 _PATIENCE_SECONDS = 10.0
-_PR_SET_PDEATHSIG = 1
 
 Ending = tuple[str, dict[str, Any]]
 
 
 def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> None:
-    """Train with `run.processes` ranks; a rank that ends without a word ends this process in the same way.
+    """Train with `run.processes` ranks. A rank that the system kills takes this process with it: what the worker makes
+    of that, short of memory or not, is as for a training in one process.
 
     Raises:
         GraftError: `too_few_devices`, `sharding_needs_gpus`.
@@ -48,19 +48,33 @@ def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> No
     key = secrets.token_bytes(32)
     ranks: list[Connection] = []
     with contextlib.ExitStack() as stack:
-        with tempfile.TemporaryDirectory(prefix="graft-") as folder, socket.socket(socket.AF_UNIX) as server:
-            address = str(Path(folder) / "ranks")
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graft-")))
+        with socket.socket(socket.AF_UNIX) as server:
+            address = str(folder / "ranks")
             server.bind(address)
             server.listen(run.processes)
             launcher = _launch(run, address, key)
             stack.callback(_let_go, ranks, launcher)
             _meet(ranks, run, job_id, server, key, launcher)
         ending = _ending(ranks, report, stop)
+        if ending is None and (broken := _faults(folder)):
+            raise SystemExit(f"a training process broke: {broken}")
     if ending is None:
-        # Every error would have been told: it was killed. What the worker makes of that is for it to decide.
+        # Every error would have been told, and every fault written down.
         os.kill(os.getpid(), signal.SIGKILL)
     else:
         report(ending[0], **ending[1])
+
+
+def fault_file(address: str, index: int) -> Path:
+    """Where a rank writes the signal that ends it, if it is one that a process can be told of."""
+    return Path(address).with_name(f"fault-{index}")
+
+
+def _faults(folder: Path) -> str:
+    """What the ranks' fault files say, given the moment that a dying process needs."""
+    time.sleep(_GRACE_SECONDS)
+    return "\n".join(text for file in sorted(folder.glob("fault-*")) if (text := file.read_text().strip()))
 
 
 def _check(run: Run) -> None:
@@ -105,10 +119,6 @@ def _launch(run: Run, address: str, key: bytes) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         preexec_fn=lambda: end_with_parent(signal.SIGTERM),  # noqa: PLW1509 - async-signal-safe: one system call
     )
-
-
-def end_with_parent(how: signal.Signals) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
 
 
 def _meet(

@@ -1,5 +1,6 @@
 """One of the processes that train together: `accelerate launch` starts it, and `worker.child.launch` tells it what to do."""
 
+import faulthandler
 import os
 import signal
 import threading
@@ -7,17 +8,19 @@ from multiprocessing.connection import Client, Connection
 from typing import Any
 
 from worker.child import launch, trainer
+from worker.child.parent import end_with_parent
 
 
 def main() -> None:
-    launch.end_with_parent(signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     address, key = os.environ.pop(launch.ADDRESS), bytes.fromhex(os.environ.pop(launch.KEY))
+    index = int(os.environ["RANK"])
+    faulthandler.enable(launch.fault_file(address, index).open("w"))
     line = Client(address, "AF_UNIX", authkey=key)
     run, job_id = line.recv()
     stopping = threading.Event()
     listener = threading.Thread(target=_listen, args=(line, stopping), daemon=True)
     listener.start()
-    index = int(os.environ["RANK"])
     lock = threading.Lock()
 
     def report(kind: str, /, **data: Any) -> None:

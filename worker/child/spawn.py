@@ -5,19 +5,20 @@ GPU; each job is a fork of it. This module itself imports none of them: it runs 
 """
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
+from worker.child.parent import end_with_parent
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-_PR_SET_PDEATHSIG = 1
 _NICE = 10
 # What a trainer may know of its worker's environment: no database, storage or API credentials.
 _SECRET = ("GRAFT_", "AWS_", "CELERY_")
@@ -43,7 +44,7 @@ def cool_down() -> None:
 
 @dataclass
 class Child:
-    """A trainer at work. `receive` gives its reports."""
+    """A trainer at work. `news` gives its reports."""
 
     process: Any
     pipe: Connection
@@ -59,6 +60,15 @@ class Child:
         except (EOFError, OSError):
             self.process.join(10)
         return reports
+
+    def news(self, tick: float) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+        """Its reports, every `tick` seconds at least, until it has ended and all are read."""
+        while True:
+            ended = self.exit_code is not None
+            reports = self.receive(0 if ended else tick)
+            if ended and not reports:
+                return
+            yield reports
 
     @property
     def exit_code(self) -> int | None:
@@ -93,7 +103,7 @@ def start(function: str, *args: Any, patience: float) -> Child:
 
 def _main(function: str, args: tuple[Any, ...], pipe: Connection, patience: float) -> None:
     """The trainer's first steps: it must not outlive its worker, nor know its secrets."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     # Where processes share cores, their threads spin while they wait for each other, and both crawl.
     # So one of them comes first: the answer somebody waits for, not the training.
     os.nice(_NICE)

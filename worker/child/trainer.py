@@ -68,7 +68,8 @@ def train_here(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) 
         if result.adapter is None:
             report("stopped")
         else:
-            report("done", folder=str(result.adapter), metrics=result.metrics, step=result.step)
+            metrics = result.metrics | {"train_seconds": result.seconds}
+            report("done", folder=str(result.adapter), metrics=metrics, step=result.step)
 
 
 def prove(run: Run, folder: Path, facts: Mapping[str, Any], report: Report, stop: Callable[[], bool]) -> None:

@@ -1,7 +1,8 @@
 """What would a run take? A question to a worker, asked by an API process that waits; or what earlier runs tell."""
 
+from itertools import islice
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, and_, delete, func, select
 
@@ -11,8 +12,8 @@ from core.control.tables import Job, JobKind, JobMetric, JobStatus, Probe, new_i
 
 # Nobody waits longer for an answer.
 PATIENCE_SECONDS = 120.0
-# So many earlier jobs are looked at for one alike, and so many of its steps.
-_EARLIER, _STEPS = 50, 50
+# So many earlier jobs are looked at for some alike, so many of them are taken, and so many steps of each.
+_EARLIER, _ALIKE, _STEPS = 50, 5, 50
 
 
 def device_is_free(session: Session) -> bool:
@@ -57,21 +58,37 @@ def forget(session: Session, probe_id: str) -> None:
     session.execute(delete(Probe).where(Probe.id == probe_id))
 
 
-def experience(session: Session, model: str, spec: dict[str, Any]) -> float | None:
-    """Tokens per second of the newest training of this model that was held and adapted in the same way.
+class Speed(NamedTuple):
+    """Tokens per second: of the `steps` alone, and `overall`, with evaluations and checkpoints."""
 
-    The median of its last steps; None where there is none. Whose job it was does not matter: a speed tells nothing of it.
-    """
+    steps: float
+    overall: float
+
+
+def experience(session: Session, model: str, spec: dict[str, Any]) -> Speed | None:
+    """The medians of the newest trainings of this model that was held and adapted in the same way; None where there
+    are none. Whose jobs they were does not matter: a speed tells nothing of them."""
     alike = select(Job).where(
         Job.kind == JobKind.TRAIN, Job.status == JobStatus.SUCCEEDED, Job.model == model
     )
-    for job in session.scalars(alike.order_by(Job.finished_at.desc()).limit(_EARLIER)):
-        if _work(job.spec) == _work(spec):
-            rows = select(JobMetric.values).where(JobMetric.job_id == job.id)
-            steps = session.scalars(rows.order_by(JobMetric.step.desc()).limit(_STEPS))
-            speeds = [values["tokens_per_second"] for values in steps if "tokens_per_second" in values]
-            return median(speeds) if speeds else None
-    return None
+    jobs = session.scalars(alike.order_by(Job.finished_at.desc()).limit(_EARLIER))
+    found = [
+        _speed(session, job)
+        for job in islice((job for job in jobs if _work(job.spec) == _work(spec)), _ALIKE)
+    ]
+    speeds = [speed for speed in found if speed is not None]
+    return Speed(*map(median, zip(*speeds, strict=True))) if speeds else None
+
+
+def _speed(session: Session, job: Job) -> Speed | None:
+    rows = select(JobMetric.values).where(JobMetric.job_id == job.id).order_by(JobMetric.step.desc())
+    paces = [
+        values["tokens_per_second"]
+        for values in session.scalars(rows.limit(_STEPS))
+        if "tokens_per_second" in values
+    ]
+    seconds, tokens = job.metrics.get("train_seconds"), job.metrics.get("tokens")
+    return Speed(median(paces), tokens / seconds) if paces and seconds and tokens else None
 
 
 def _work(spec: dict[str, Any]) -> list[Any]:

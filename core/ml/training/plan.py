@@ -69,17 +69,14 @@ def made(spec: Spec, rows: Rows, device: Device, shape: Shape | None, *, kept: b
         changes["gradient_checkpointing"] = checkpointing
     chosen = chosen.model_copy(update={"training": chosen.training.model_copy(update=changes)})
     chosen = resolved(chosen, rows)
-    optimizer = support.optimizer(spec, cuda=device.cuda, sharded=device.sharded)
-    chosen = chosen.model_copy(
-        update={"training": chosen.training.model_copy(update={"optimizer": optimizer})}
-    )
     return Plan(chosen, total_steps(chosen, trained_rows(chosen, rows)), kept, size)
 
 
 def _on_device(spec: Spec, device: Device) -> Spec:
     quantization = spec.quantization.model_copy(update={"compute_dtype": device.compute_dtype})
     packed = device.packing if spec.training.packing == "auto" else spec.training.packing
-    training = spec.training.model_copy(update={"packing": packed})
+    optimizer = support.optimizer(spec, cuda=device.cuda, sharded=device.sharded)
+    training = spec.training.model_copy(update={"packing": packed, "optimizer": optimizer})
     return spec.model_copy(update={"quantization": quantization, "training": training})
 
 
@@ -156,11 +153,23 @@ def _layouts(
         yield from ((n, keeping[-1], False) for n in batches)
 
 
-def trained_rows(spec: Spec, rows: Rows) -> int:
-    """Rows as they are fed: with packing several go into one."""
+def fed(spec: Spec, rows: Rows) -> list[list[int]]:
+    """Places of the training rows that are fed as one: with packing several."""
     if spec.training.packing is not True:
-        return len(rows.train)
-    return len(packing.packs([rows.data.lengths[place] for place in rows.train], _limit(spec, rows)))
+        return [[place] for place in rows.train]
+    packs = packing.packs([rows.data.lengths[place] for place in rows.train], _limit(spec, rows))
+    return [[rows.train[i] for i in pack] for pack in packs]
+
+
+def trained_rows(spec: Spec, rows: Rows) -> int:
+    """Rows as they are fed."""
+    return len(fed(spec, rows)) if spec.training.packing is True else len(rows.train)
+
+
+def tokens_of_step(spec: Spec, rows: Rows) -> float:
+    """That an optimizer step reads, in the mean."""
+    read = sum(rows.data.lengths[place] for place in rows.train)
+    return read / trained_rows(spec, rows) * spec.training.effective_batch_size
 
 
 def _limit(spec: Spec, rows: Rows) -> int:
@@ -183,6 +192,16 @@ def total_steps(spec: Spec, rows: int) -> int:
 def steps_per_epoch(spec: Spec, rows: int) -> int:
     """Optimizer steps of one pass over so many training rows, as they are fed."""
     return math.ceil(rows / spec.training.effective_batch_size)
+
+
+def pauses(spec: Spec, steps: int) -> tuple[int, int]:
+    """Evaluations in a run of so many steps, and its checkpoints if every evaluation is the best so far."""
+
+    def at(every: int | str | None) -> set[int]:
+        return {*range(every, steps + 1, every), steps} if isinstance(every, int) else set()
+
+    evaluated, saved = at(spec.evaluation.every_steps), at(spec.checkpoints.every_steps)
+    return len(evaluated), len(evaluated | saved)
 
 
 def resolved(spec: Spec, rows: Rows) -> Spec:

@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,18 +14,23 @@ from transformers import TrainerCallback
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
 from core.ml.training import assembly, plan
-from core.ml.training.data import checked_rows
+from core.ml.training.data import LabelledIds, Rows, checked_rows
+from core.ml.training.files import checkpoints
+from core.ml.training.loop import samples
+from core.ml.training.loop.trainer import Trainer
 from core.ml.training.run import Run
 from core.ml.training.spec import memory
 
 _USUAL_STEPS = 2
+_EVALUATED_ROWS = 16
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Optimizer steps on the longest rows for the memory, then some on usual ones for the time.
+    """Optimizer steps on the longest rows for the memory, then some on usual ones for the time, of a run in one process.
 
-    {spec, device, memory_needed_bytes, memory_present_bytes, seconds_per_step, load_seconds}: the memory is that
-    of the GPU, or of the process on a CPU. Nothing is kept.
+    {spec, total_steps, device, memory_needed_bytes, memory_present_bytes, seconds_per_step, load_seconds, training_seconds}: the
+    memory is that of the GPU, or of the process on a CPU; the training is reckoned with its evaluations, their
+    samples and its checkpoints, one of each measured. Nothing is kept.
 
     Raises:
         GraftError: as a job with this run would.
@@ -33,55 +39,88 @@ def measure(run: Run) -> dict[str, Any]:
     before, present = _resident(), base_model.free_bytes()
     base_model.prepare(run.model)
     contract = contracts.load(run.model.path)
-    rows = checked_rows(run, contract, context=catalogue.context(run.model))
+    context = catalogue.context(run.model)
+    rows = checked_rows(run, contract, context=context)
     precision = base_model.settle(run.spec.quantization)
-    device = replace(assembly.device(precision, run.processes), sharded=run.sharded)
-    planned = plan.made(run.spec, rows, device, memory.shape_of(catalogue.configuration(run.model)))
-    started = time.monotonic()
+    planned = plan.made(
+        run.spec, rows, assembly.device(precision), memory.shape_of(catalogue.configuration(run.model))
+    )
+    started = _now()
     model = assembly.loaded(run.model, precision, planned)
-    load_seconds = time.monotonic() - started
+    load_seconds = _now() - started
 
-    def seconds_per_step(places: Sequence[int], steps: int) -> float:
-        training = planned.spec.training.model_copy(
-            update={"epochs": None, "max_steps": steps, "effective_batch_size": effective}
-        )
+    def trained(packs: Sequence[Sequence[int]], steps: int) -> tuple[Trainer, _Watch]:
+        training = planned.spec.training.model_copy(update={"epochs": None, "max_steps": steps})
         few = replace(planned, spec=planned.spec.model_copy(update={"training": training}), total_steps=steps)
+        places = [place for pack in packs for place in pack]
         some = replace(rows, train=places, held_back=[], valid=None, in_both=[])
         trainer = assembly.trainer_of(model, few, precision, contract, some, run.work / "probe")
         watch = _Watch()
         trainer.add_callback(watch)
         trainer.train()
-        return watch.seconds / steps
+        return trainer, watch
 
-    # Of several processes the others do their share at the same time.
-    effective = planned.spec.training.effective_batch_size // run.processes
-    longest = sorted(rows.train, key=lambda place: -rows.data.lengths[place])
+    # What is fed as one, the fullest first: rows, or with packing packs of them.
+    fed = plan.fed(planned.spec, rows)
+    fullest = sorted(fed, key=lambda pack: -sum(rows.data.lengths[place] for place in pack))
+    effective = planned.spec.training.effective_batch_size
     # Two steps: the optimizer makes its state in the first, after the backward pass.
-    seconds_per_step(longest[:effective], 2)
+    trained(fullest[:effective], 2)
     needed = _peak() - before
-    usual = rows.train[:: max(len(rows.train) // (_USUAL_STEPS * effective), 1)][: _USUAL_STEPS * effective]
+    usual = fed[:: max(len(fed) // (_USUAL_STEPS * effective), 1)][: _USUAL_STEPS * effective]
+    trainer, watch = trained(usual, _USUAL_STEPS)
+    seconds_per_step = watch.seconds / _USUAL_STEPS
+    evaluations, saves = plan.pauses(planned.spec, planned.total_steps)
+    training_seconds = planned.total_steps * seconds_per_step + saves * watch.saving
+    if evaluations and rows.valid_count:
+        evaluating = _evaluating(trainer, rows)
+        started = _now()
+        # Before it has learnt to end its answers, so at most what those of the run take.
+        asked = samples.prompts_of(planned.spec, contract, rows, context, lambda *_, **__: None)
+        samples.answered(model, contract, asked)
+        training_seconds += evaluations * (evaluating + _now() - started)
     return {
         "spec": planned.spec.model_dump(),
+        "total_steps": planned.total_steps,
         "device": base_model.device_name(),
         "memory_needed_bytes": needed,
         "memory_present_bytes": present,
-        "seconds_per_step": seconds_per_step(usual, _USUAL_STEPS),
+        "seconds_per_step": seconds_per_step,
         "load_seconds": load_seconds,
+        "training_seconds": training_seconds,
     }
 
 
+def _evaluating(trainer: Trainer, rows: Rows) -> float:
+    """Seconds that the loss of all validation rows takes, from some of them."""
+    some = rows.valid_examples[:: max(rows.valid_count // _EVALUATED_ROWS, 1)]
+    started = _now()
+    trainer.loss_on(some)
+    seconds = _now() - started
+    return seconds * _tokens(rows.valid_examples) / _tokens(some)
+
+
+def _tokens(examples: Sequence[LabelledIds]) -> int:
+    return sum(len(example["input_ids"]) for example in examples)
+
+
 class _Watch(TrainerCallback):
-    """Seconds from the beginning to the end of every step; no checkpoint is saved."""
+    """Seconds from the beginning to the end of every step, and of saving a checkpoint after the last."""
 
     def __init__(self) -> None:
-        self.seconds = self._began = 0.0
+        self.seconds = self.saving = self._began = self._ended = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = _now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += _now() - self._began
-        control.should_save = False
+        self._ended = _now()
+        self.seconds += self._ended - self._began
+        control.should_save = state.global_step == state.max_steps
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.saving = _now() - self._ended
 
 
 def _now() -> float:

@@ -33,13 +33,14 @@ class Result:
     """`adapter` holds the finished files; None when `stop` ended the run before its end.
 
     `metrics`: `train_loss`, the mean of all steps; `eval_loss` and `base_eval_loss` on the validation rows;
-    `check_loss` of the adapter on the first 16 of them, or of the training rows where there are none. All but the
-    first are means over the trained tokens of the rows, whatever the batch size. `step`: whose weights these are.
+    `check_loss` of the adapter on the first 16 of them, or of the training rows where there are none. These losses are means over the trained tokens of the rows, whatever the batch size. `step`: whose weights these are.
+    `seconds` that all steps took, with evaluations and checkpoints, in all attempts.
     """
 
     adapter: Path | None
     metrics: dict[str, float]
     step: int = 0
+    seconds: float = 0.0
 
 
 def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
@@ -109,7 +110,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
         saving.save(model, contract, run.model, spec, adapter, first)
     except GraftError as error:
         raise (_too_short(error, spec, step) if progress.ended == "time_limit" else error) from error
-    return Result(adapter, metrics, step)
+    return Result(adapter, metrics, step, progress.seconds)
 
 
 def _too_short(error: GraftError, spec: Spec, step: int) -> GraftError:

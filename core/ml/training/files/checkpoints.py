@@ -10,13 +10,7 @@ from core.hashes import FileInfo, describe
 WEIGHTS = "adapter_model.safetensors"
 # What a resumed run needs; one missing file would silently change the result. Of several processes each has its own
 # random states, and those that share the model have other files of the optimizer.
-REQUIRED = (
-    WEIGHTS,
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-    "trainer_state.json",
-)
+_ALWAYS = (WEIGHTS, "scheduler.pt", "trainer_state.json")
 _WHOLE = ("optimizer.pt",)
 _SHARDED = ("pytorch_model_fsdp.bin", "optimizer.bin")
 # Not needed to resume; training_args.bin is a pickle that can hold tokens and paths.
@@ -34,14 +28,14 @@ def seal(folder: Path, processes: int = 1, *, sharded: bool = False) -> list[Fil
     for name in _DROPPED:
         (folder / name).unlink(missing_ok=True)
     files = describe(folder)
-    missing = _required(processes, sharded=sharded) - {info["path"] for info in files}
+    missing = required(processes, sharded=sharded) - {info["path"] for info in files}
     if missing:
         raise RuntimeError(f"{folder.name} lacks {', '.join(sorted(missing))}")
     return files
 
 
 def check(folder: Path, *, sharded: bool) -> None:
-    """Whether processes that share the model, or that do not, can go on from here; how many made it does not matter.
+    """Refuse one that processes which share the model made, or did not, unlike these; how many they were does not matter.
 
     Raises:
         GraftError: `checkpoint_of_other_sharding`.
@@ -57,11 +51,10 @@ def check(folder: Path, *, sharded: bool) -> None:
         )
 
 
-def _required(processes: int, *, sharded: bool) -> set[str]:
-    names = set(REQUIRED)
-    if processes > 1:
-        names = names - {"rng_state.pth"} | {f"rng_state_{index}.pth" for index in range(processes)}
-    return names - set(_WHOLE) | set(_SHARDED) if sharded else names
+def required(processes: int = 1, *, sharded: bool = False) -> set[str]:
+    """The names of the files without which a run would not go on as it was."""
+    states = [f"rng_state_{index}.pth" for index in range(processes)] if processes > 1 else ["rng_state.pth"]
+    return {*_ALWAYS, *states, *(_SHARDED if sharded else _WHOLE)}
 
 
 def is_whole(folder: Path, files: Sequence[FileInfo | dict[str, Any]]) -> bool:

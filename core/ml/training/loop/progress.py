@@ -92,7 +92,6 @@ class Progress(TrainerCallback, ExportableState):
         if loss < lowest and not self.suspicious:
             self.best_loss, self.best_step, self.best_precision = loss, step, self.precision
             control.should_save = True
-            self.report("best", step=step, eval_loss=loss)
         if stopping is None or self.waited < stopping.patience or step >= state.max_steps:
             return
         self.ended = self.ended or "early_stop"

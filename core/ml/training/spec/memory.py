@@ -98,12 +98,13 @@ def needed(
     `trained`.
 
     `kept`: the weights lie there dequantised. So many processes hold `parts` of the model. `spec` has its compute_dtype
-    resolved.
+    and its optimizer resolved.
     """
     half = _SINGLE if spec.quantization.compute_dtype == "float32" else _HALF
     adapter = shape.adapter(spec.lora.r, spec.lora.target_modules)
     optimizer = spec.training.optimizer
-    moments = _MOMENTS[("paged_adamw_8bit" if cuda else "adamw") if optimizer == "auto" else optimizer]
+    assert optimizer != "auto"  # noqa: S101 - resolved
+    moments = _MOMENTS[optimizer]
     # Beside the masters, their gradients and the moments: the optimizer's two intermediate results.
     learned = adapter * (2 * _SINGLE + moments + half + 2 * _SINGLE)
     plain = kept or spec.quantization.bits == 16
@@ -117,8 +118,10 @@ def needed(
         scored = min(trained, _TILE[0]) * min(shape.vocabulary, _TILE[1]) * half
     else:
         scored = min(trained, SCORED) * shape.vocabulary * (half + _COPIES * _SINGLE)
-    fixed = _weights(shape, spec.quantization.bits, half, kept=kept) // parts
-    return int((fixed + learned + through + scored) * _ALLOCATOR) + _REST[cuda]
+    whole = _weights(shape, spec.quantization.bits, half, kept=kept)
+    running = (whole + learned) // parts + through + scored
+    # Those that share the model begin by loading all of it each.
+    return int(max(running, whole) * _ALLOCATOR) + _REST[cuda]
 
 
 def _weights(shape: Shape, bits: int, half: int, *, kept: bool) -> int:

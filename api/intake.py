@@ -24,7 +24,7 @@ def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tupl
         BadRequest: what `support.check` refuses; `continue_from_other_model`; `adapter_not_trainable`, it is of a kind that is not trained here.
     """
     spec = body.spec()
-    support.check(spec)
+    support.check(spec)  # before anything is looked up
     if spec.continue_from is None:
         own = presets.find(body.preset).preset.model if body.preset else None
         return body.model or own or services.settings.default_model, spec
@@ -48,7 +48,9 @@ def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tupl
             f"Adapter {adapter.id} cannot be trained further: {error}.",
             param="continue_from",
         ) from error
-    return adapter.base_model, spec.model_copy(update={"lora": lora})
+    spec = spec.model_copy(update={"lora": lora})
+    support.check(spec)
+    return adapter.base_model, spec
 
 
 def preset_of(body: JobCreate, model: str, spec: Spec, dataset: Dataset) -> dict[str, Any] | None:

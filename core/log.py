@@ -77,5 +77,6 @@ def setup(level: str = "INFO") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     handler.setLevel(level)
-    logging.basicConfig(level="INFO", handlers=[handler], force=True)
+    # A job's own log gets all from INFO on, whatever this process tells.
+    logging.basicConfig(level=min(logging.INFO, handler.level), handlers=[handler], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -198,6 +198,12 @@ def test_an_adapter_brings_its_own_lora_settings(api: Api, tmp_path: Path) -> No
 
 
 @only_sqlite
+def test_settings_that_an_adapter_brings_are_checked_too(api: Api, tmp_path: Path) -> None:
+    adapter = adapter_id(api, tmp_path, WRITTEN | {"use_dora": True})
+    posted(api, 422, "dora_not_with_8_bit", continue_from=adapter, quantization={"bits": 8})
+
+
+@only_sqlite
 @pytest.mark.parametrize("config", [WRITTEN | {"init_lora_weights": "pissa"}, "{", "[" * 5000, "null"])
 def test_an_adapter_that_cannot_be_trained_is_refused(api: Api, tmp_path: Path, config: Any) -> None:
     adapter = adapter_id(api, tmp_path, config)

@@ -59,6 +59,15 @@ def test_fields_are_compared_one_by_one_in_any_order() -> None:
     assert scored("json_validity", [("{}", "{}")])["field_f1"] == 1.0
 
 
+def test_a_row_whose_expected_answer_is_no_json_says_nothing_of_it() -> None:
+    rows = [Row("", "{}"), Row("", "I do not know.")]
+    found = scores.compare("json_validity", rows, ["", "{}"], ["{}", "I do not know."])
+    assert [(one.name, one.base, one.adapter, one.rows, one.left_out) for one in found] == [
+        ("json_valid", 0.0, 1.0, 1, 1),
+        ("field_f1", 0.0, 1.0, 1, 1),
+    ]
+
+
 def test_words_of_every_writing_are_compared() -> None:
     assert scored("rouge", [("the cat sat", "The cat lay")])["rouge_l"] == pytest.approx(2 / 3)
     assert scored("rouge", [("кот сидел", "кот сидел")])["rouge_l"] == 1.0

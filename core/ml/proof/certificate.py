@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,10 +44,11 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], tick: Tick) -> Proof
         GraftError: a check failed that no adapter may fail, with its code.
     """
     contract = contracts.load(run.model.path)
+    if settled := facts.get("spec"):
+        run = replace(run, spec=_spec_of(settled))
     rows = data.rows_of(run, contract, context=catalogue.context(run.model))
     precision = base_model.settle(run.spec.quantization)
-    settled = facts.get("spec")
-    spec = plan.resolved(_spec_of(settled) if settled else run.spec, rows)
+    spec = plan.resolved(run.spec, rows)
     held = [checks.base_model(folder, run.model)]
     sample = questions.training(run, rows, contract, data.CHECKED_ROWS)
     held.append(checks.prompt_contract(folder, contract, list(sample.values())))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -83,7 +84,7 @@ class Evaluation:
         found = [answer.finish_reason == "stop" for answer in self.adapter.answers]
         return sum(found) / len(found) if found else None
 
-    @property
+    @cached_property
     def loss(self) -> Scored | None:
         """The loss of base and adapter, row by row."""
         if not self.kept:

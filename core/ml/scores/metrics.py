@@ -58,25 +58,25 @@ def compare(metric: Metric, rows: Sequence[Row], base: Sequence[str], adapter: S
     """The scores of a metric, for answers of base and adapter to the same rows."""
     if metric == "label_accuracy":
         return _labels([row.expected for row in rows], base, adapter)
-    if metric == "json_validity":
-        fields = _field_f1
-        return [
-            paired("json_valid", [_valid(one) for one in base], [_valid(one) for one in adapter]),
-            paired(
-                "field_f1",
-                [fields(row.expected, one) for row, one in zip(rows, base, strict=True)],
-                [fields(row.expected, one) for row, one in zip(rows, adapter, strict=True)],
-            ),
-        ]
-    name, score = _EACH[metric]
+    return [
+        scored
+        for name, score in _EACH[metric].items()
+        if (scored := _each(name, score, rows, base, adapter)) is not None
+    ]
+
+
+def _each(
+    name: str, score: "_Score", rows: Sequence[Row], base: Sequence[str], adapter: Sequence[str]
+) -> Scored | None:
+    """The mean of a score of single rows; None where no row can be scored."""
     pairs = [
         (score(row, one), score(row, other)) for row, one, other in zip(rows, base, adapter, strict=True)
     ]
     kept = [(one, other) for one, other in pairs if one is not None and other is not None]
     if not kept:
-        return []
+        return None
     scored = paired(name, [one for one, _ in kept], [other for _, other in kept])
-    return [scored._replace(left_out=len(pairs) - len(kept))]
+    return scored._replace(left_out=len(pairs) - len(kept))
 
 
 def paired(
@@ -136,12 +136,14 @@ def _sql(row: Row, answer: str) -> float | None:
     return None if same is None else float(same)
 
 
-def _valid(answer: str) -> float:
-    return float(json_of(answer) is not None)
+def _valid(row: Row, answer: str) -> float | None:
+    return None if json_of(row.expected) is None else float(json_of(answer) is not None)
 
 
-def _field_f1(expected: str, answer: str) -> float:
-    wanted, given = json_of(expected), json_of(answer)
+def _field_f1(row: Row, answer: str) -> float | None:
+    wanted, given = json_of(row.expected), json_of(answer)
+    if wanted is None:
+        return None
     if given is None:
         return 0.0
     one, other = Counter(_fields(wanted)), Counter(_fields(given))
@@ -179,8 +181,11 @@ def _rouge(row: Row, answer: str) -> float:
     return float(_ROUGE.score(row.expected, answer)["rougeL"].fmeasure)
 
 
-_EACH: dict[str, tuple[str, Callable[[Row, str], float | None]]] = {
-    "exact_match": ("exact_match", _exact),
-    "sql_execution": ("sql_execution", _sql),
-    "rouge": ("rouge_l", _rouge),
+# One row's score; None: it cannot be scored, whatever the answer.
+_Score = Callable[[Row, str], float | None]
+_EACH: dict[str, dict[str, _Score]] = {
+    "exact_match": {"exact_match": _exact},
+    "json_validity": {"json_valid": _valid, "field_f1": _field_f1},
+    "sql_execution": {"sql_execution": _sql},
+    "rouge": {"rouge_l": _rouge},
 }

@@ -17,7 +17,7 @@ def pause(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
     """Save a checkpoint after the current step and free the device, until the job is resumed."""
     with services.sessions.begin() as session:
         job = jobs.pause(session, caller.project_id, job_id)
-        return JobOut.of(job, jobs.position(session, job))
+        return JobOut.of(session, job)
 
 
 @router.post("/{job_id}/resume")
@@ -25,7 +25,7 @@ def resume(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
     """Queue a paused job again. One that is only about to pause goes on."""
     with services.sessions.begin() as session:
         job = jobs.resume(session, caller.project_id, job_id)
-        shown = JobOut.of(job, jobs.position(session, job))
+        shown = JobOut.of(session, job)
     if job.status == JobStatus.QUEUED:
         services.sender.send(job.id)
     return shown
@@ -36,7 +36,7 @@ def cancel(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
     """Stop after the current step. Cancelling a cancelled job changes nothing."""
     with services.sessions.begin() as session:
         job = jobs.cancel(session, caller.project_id, job_id)
-        return JobOut.of(job, jobs.position(session, job))
+        return JobOut.of(session, job)
 
 
 @router.post("/{job_id}/retry")
@@ -45,7 +45,7 @@ def retry(job_id: str, services: ServicesDep, caller: CallerDep, body: JobRetry 
     changes = body.given() if body else {}
     with services.sessions.begin() as session:
         job, dropped = jobs.retry(session, caller.project_id, job_id, changes)
-        shown = JobOut.of(job, jobs.position(session, job))
+        shown = JobOut.of(session, job)
     for key in dropped:
         services.storage.delete(key)
     if job.status == JobStatus.QUEUED:

@@ -97,7 +97,7 @@ def _ask(
 ) -> tuple[JobOut, bool]:
     with services.sessions.begin() as session:
         job, is_new = exports.ask(session, caller.project_id, adapter_id, body.format, idempotency_key=key)
-        return JobOut.of(job, jobs.position(session, job)), is_new
+        return JobOut.of(session, job), is_new
 
 
 def _get(services: Services, project_id: str, adapter_id: str, export_id: str) -> Export:

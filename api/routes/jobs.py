@@ -75,7 +75,7 @@ def create(
             )
             if idempotency_key:
                 jobs.remember(session, project_id, idempotency_key, sha256, job.id)
-            shown = JobOut.of(job, jobs.position(session, job))
+            shown = JobOut.of(session, job)
     except AlreadyThere as error:  # the same key in the same moment: the other one was first
         if earlier := _earlier(services, caller, idempotency_key, sha256):
             return earlier
@@ -113,14 +113,14 @@ def list_(
             status=status,
             labels=labels,
         )
-        return Listing.of([JobOut.of(row, jobs.position(session, row)) for row in rows], page.limit)
+        return Listing.of([JobOut.of(session, row) for row in rows], page.limit)
 
 
 @router.get("/{job_id}")
 def get(job_id: str, services: ServicesDep, caller: CallerDep) -> JobOut:
     with db.reading(services.sessions) as session:
         job = jobs.get(session, caller.project_id, job_id)
-        return JobOut.of(job, jobs.position(session, job))
+        return JobOut.of(session, job)
 
 
 @router.delete("/{job_id}")
@@ -212,7 +212,7 @@ def _earlier(services: Services, caller: Caller, key: str | None, sha256: str) -
         return None
     with db.reading(services.sessions) as session:
         job = jobs.replay(session, caller.project_id, key, sha256)
-        return JobOut.of(job, jobs.position(session, job)) if job else None
+        return JobOut.of(session, job) if job else None
 
 
 async def _follow(services: Services, job_id: str, last: int) -> AsyncIterator[str]:

@@ -14,6 +14,8 @@ from pydantic import (
 
 from api.schemas.common import Request
 from api.schemas.presets import JobPreset
+from core.control import jobs
+from core.control.db import Session
 from core.control.tables import Checkpoint, Job, JobEvent, JobKind, JobStatus
 from core.errors import BadRequest
 from core.ml.training import config
@@ -135,7 +137,8 @@ class JobOut(BaseModel):
     finished_at: datetime | None
 
     @classmethod
-    def of(cls, job: Job, position: int | None = None) -> "JobOut":
+    def of(cls, session: Session, job: Job) -> "JobOut":
+        position = jobs.position(session, job)
         total = job.total_steps
         done = job.status == JobStatus.SUCCEEDED
         percent = 100.0 if done else round(100 * job.step / total, 1) if total else 0.0

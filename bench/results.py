@@ -3,7 +3,8 @@
     python -m bench.results FOLDER [--set sql_create_context] [--steps 60] [--output docs/results.md]
 
 FOLDER holds the data sets below, each with a training and a validation file. Scores and verdict are those of the adapters'
-certificates: base and adapter on the same rows, greedy answers, 95 % bootstrap intervals.
+certificates: base and adapter on the same rows, greedy answers, 95 % bootstrap intervals. A second table says what
+preflight told of each job beforehand: measured, and reckoned while the job kept the worker busy.
 """
 
 import argparse
@@ -36,6 +37,9 @@ SETS: dict[str, tuple[str, dict[str, Any] | None]] = {
 HEAD = """| set | steps | tokens | loss, base → adapter | score | base → adapter (95 % of the difference) | answers end | verdict | training, proof |
 |---|---|---|---|---|---|---|---|---|
 """
+FORETOLD = """| set | memory: measured, reckoned | seconds to the last step: measured, by earlier jobs | taken |
+|---|---|---|---|
+"""
 
 
 def main() -> None:
@@ -46,20 +50,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the table goes, too")
     options = parser.parse_args()
     print(HEAD, end="")
-    table = HEAD
+    table, foretold = HEAD, FORETOLD
     with running() as service, service.client() as client:
         for name in options.set or SETS:
-            line = row(name, trained(client, options.folder / name, *SETS[name], options.steps), client)
+            job, measured, reckoned = trained(client, options.folder / name, *SETS[name], options.steps)
+            line = row(name, job, client)
             print(line, end="", flush=True)
             table += line
+            foretold += estimates(name, measured, reckoned, phases(client, job)["foretold"])
             if options.output is not None:
-                options.output.write_text(table)
+                options.output.write_text(f"{table}\n{foretold}")
+    print(f"\n{foretold}", end="")
 
 
 def trained(
     client: Client, folder: Path, ending: str, mapping: dict[str, Any] | None, steps: int | None
-) -> dict[str, Any]:
-    """The finished job."""
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The finished job; what preflight measured before it, and what it reckoned while the job ran."""
     train, valid = (
         client.upload(folder / f"{part}.{ending}", mapping=mapping)["id"] for part in ("train", "valid")
     )
@@ -71,10 +78,25 @@ def trained(
     }
     if steps is not None:
         body["training"] = {"max_steps": steps}
-    *_, job = client.watch(client.create_job(body)["id"])
-    if job["status"] != "succeeded":
+    measured = client.preflight(body)
+    if not measured["memory"]["measured"]:
+        raise SystemExit(f"{folder.name}: {measured['not_measured']}")
+    reckoned = None
+    for job in client.watch(client.create_job(body)["id"]):
+        if reckoned is None and job["phase"] == "loading_model":
+            reckoned = client.preflight(body)
+    if job["status"] != "succeeded" or reckoned is None:
         raise SystemExit(f"{folder.name}: {job['status']} {job['error']}")
-    return job
+    return job, measured, reckoned
+
+
+def estimates(name: str, measured: dict[str, Any], reckoned: dict[str, Any], taken: float) -> str:
+    memory = [f"{found['memory']['needed_bytes'] / 1e9:.2f} GB" for found in (measured, reckoned)]
+    seconds = [
+        "" if found["eta_seconds"] is None else f"{found['eta_seconds']:.0f}"
+        for found in (measured, reckoned)
+    ]
+    return f"| {name} | {', '.join(memory)} | {', '.join(seconds)} | {taken:.0f} |\n"
 
 
 def row(name: str, job: dict[str, Any], client: Client) -> str:
@@ -102,12 +124,17 @@ def row(name: str, job: dict[str, Any], client: Client) -> str:
 
 
 def phases(client: Client, job: dict[str, Any]) -> dict[str, float]:
-    """Seconds of the training with its evaluations, and of the proof."""
+    """Seconds of the training with its evaluations, and of the proof; and what preflight foretells: from loading the
+    model to the last step."""
     told = [event for event in _events(client, job["id"]) if event["type"] == "phase"]
     # Newest first: of each phase its first beginning stays, also where the run was resumed.
     began = {event["data"]["phase"]: _epoch(event["created_at"]) for event in told}
     proof = max(_epoch(event["created_at"]) for event in told)
-    return {"training": began["saving"] - began["training"], "proof": _epoch(job["finished_at"]) - proof}
+    return {
+        "training": began["saving"] - began["training"],
+        "proof": _epoch(job["finished_at"]) - proof,
+        "foretold": began["evaluating"] - began["loading_model"],
+    }
 
 
 def _events(client: Client, job_id: str) -> list[dict[str, Any]]:

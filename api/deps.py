@@ -32,7 +32,7 @@ class Services:
 
 def _services(request: Request) -> Services:
     services = request.app.state.services
-    assert isinstance(services, Services)  # noqa: S101 - create_app put it there
+    assert isinstance(services, Services)
     return services
 
 
@@ -69,7 +69,7 @@ def authenticate(request: Request) -> Caller:
 def _caller(request: Request, _key: Annotated[object, Depends(_bearer)]) -> Caller:
     """The caller that the route found before it read the body."""
     caller = request.state.caller
-    assert isinstance(caller, Caller)  # noqa: S101 - StrictRoute put it there
+    assert isinstance(caller, Caller)
     return caller
 
 

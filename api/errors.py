@@ -51,12 +51,12 @@ def install(app: FastAPI) -> None:
 
 
 def _graft_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, GraftError)  # noqa: S101 - registered for it
+    assert isinstance(error, GraftError)
     return render(error)
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)  # noqa: S101
+    assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, GraftError):  # raised while FastAPI read the body
         return render(error.__cause__)
     if error.status_code == 404:
@@ -106,7 +106,7 @@ def unexpected(error: Exception) -> GraftError:
 
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     """422 with every problem's place. What was sent is never sent back: it may be secret or not JSON."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101
+    assert isinstance(error, RequestValidationError)
     body = getattr(request.scope.get("route"), "body_field", None)
     model = body.field_info.annotation if body is not None else None
     found: dict[str, dict[str, Any]] = {}

@@ -53,19 +53,19 @@ class GraftError(Exception):
         return {"code": self.code, "message": self.message, "hint": self.hint}
 
 
-class BadRequest(GraftError):  # noqa: N818 - named as HTTP names it
+class BadRequest(GraftError):
     status = 422
 
 
-class NotFound(GraftError):  # noqa: N818
+class NotFound(GraftError):
     status = 404
 
 
-class Conflict(GraftError):  # noqa: N818
+class Conflict(GraftError):
     status = 409
 
 
-class StorageFull(GraftError):  # noqa: N818
+class StorageFull(GraftError):
     status = 507
 
     def __init__(self, where: str) -> None:
@@ -77,7 +77,7 @@ class StorageFull(GraftError):  # noqa: N818
         )
 
 
-class OutOfMemory(GraftError):  # noqa: N818
+class OutOfMemory(GraftError):
     def __init__(self, message: str = "The device has too little memory for this job.") -> None:
         super().__init__(
             "out_of_memory",
@@ -86,7 +86,7 @@ class OutOfMemory(GraftError):  # noqa: N818
         )
 
 
-class Fenced(Exception):  # noqa: N818 - a signal inside the worker, never shown to a client
+class Fenced(Exception):
     """Another claim of the job is newer; this holder must stop and write nothing."""
 
 

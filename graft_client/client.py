@@ -54,7 +54,7 @@ class Client:
         *,
         name: str | None = None,
         mapping: Json | None = None,
-        format: str = "auto",  # noqa: A002 - the field's name in the contract
+        format: str = "auto",
     ) -> Json:
         form = _form(format, mapping) | ({"name": name} if name else {})
         with file.open("rb") as stream:
@@ -64,7 +64,7 @@ class Client:
         self,
         file: Path,
         *,
-        format: str = "auto",  # noqa: A002
+        format: str = "auto",
         mapping: Json | None = None,
         compare_with: str | None = None,
     ) -> Json:
@@ -78,7 +78,7 @@ class Client:
         file: Path,
         target: Path,
         *,
-        format: str = "auto",  # noqa: A002
+        format: str = "auto",
         mapping: Json | None = None,
     ) -> None:
         """Write the repaired file to `target`. Raises ApiError `not_repairable`."""
@@ -188,7 +188,7 @@ class Client:
         with self._stream("GET", f"/adapters/{adapter_id}/download") as response:
             _write(response, target)
 
-    def export(self, adapter_id: str, format: str) -> Json:  # noqa: A002
+    def export(self, adapter_id: str, format: str) -> Json:
         """The job that writes an adapter as `merged` or `gguf`."""
         return self._call("POST", f"/adapters/{adapter_id}/export", json={"format": format})
 
@@ -270,7 +270,7 @@ def _name(file: Path) -> str:
     return os.fsencode(file.name).decode("utf-8", "replace")
 
 
-def _form(format: str, mapping: Json | None) -> dict[str, str]:  # noqa: A002
+def _form(format: str, mapping: Json | None) -> dict[str, str]:
     return {"format": format} | ({"mapping": json.dumps(mapping)} if mapping is not None else {})
 
 

@@ -52,7 +52,7 @@ def create(
     caller: CallerDep,
     request: Request,
     name: Annotated[str | None, Form(max_length=128, pattern=r"^[^\x00-\x1f]*$")] = None,
-    format: Annotated[str, Form(max_length=40)] = "auto",  # noqa: A002 - the field's name in the contract
+    format: Annotated[str, Form(max_length=40)] = "auto",
     mapping: Annotated[str | None, Form(max_length=100_000)] = None,
     compare_with: Annotated[str | None, Form(max_length=60)] = None,
 ) -> DatasetOut:
@@ -111,7 +111,7 @@ def validate_(
     services: ServicesDep,
     caller: CallerDep,
     request: Request,
-    format: Annotated[str, Form(max_length=40)] = "auto",  # noqa: A002 - the field's name in the contract
+    format: Annotated[str, Form(max_length=40)] = "auto",
     mapping: Annotated[str | None, Form(max_length=100_000)] = None,
     compare_with: Annotated[str | None, Form(max_length=60)] = None,
     repaired: Annotated[bool, Form()] = False,

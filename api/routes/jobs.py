@@ -165,7 +165,7 @@ def metrics(
     job_id: str,
     services: ServicesDep,
     caller: CallerDep,
-    format: Annotated[str, Query(pattern="^(json|csv)$")] = "json",  # noqa: A002 - the contract's name
+    format: Annotated[str, Query(pattern="^(json|csv)$")] = "json",
     points: Annotated[int | None, Query(ge=2, le=10_000)] = None,
 ) -> dict[str, Any] | Response:
     """The values of every step; `points` thins them out evenly, first and last kept."""

@@ -55,7 +55,7 @@ class ValidationOut(BaseModel):
     repair: RepairOut | None
 
     @classmethod
-    def of(cls, checked: Examination, *, filename: str, bytes: int, sha256: str) -> "ValidationOut":  # noqa: A002
+    def of(cls, checked: Examination, *, filename: str, bytes: int, sha256: str) -> "ValidationOut":
         report = checked.report
         found = report.detection if report else None
         return cls(

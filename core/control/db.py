@@ -65,7 +65,7 @@ _json = partial(json.dumps, ensure_ascii=False)
 
 def engine_of(sessions: Sessions) -> Engine:
     engine = sessions.kw["bind"]
-    assert isinstance(engine, Engine)  # noqa: S101 - connect() put it there
+    assert isinstance(engine, Engine)
     return engine
 
 
@@ -88,7 +88,7 @@ def update_one(
     session.flush()
     statement = update(table).where(*where).values(**values).execution_options(synchronize_session=False)
     result = session.execute(statement)
-    assert isinstance(result, CursorResult)  # noqa: S101 - what an UPDATE returns
+    assert isinstance(result, CursorResult)
     return result.rowcount == 1
 
 

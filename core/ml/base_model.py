@@ -45,7 +45,7 @@ class Precision:
     @property
     def torch_dtype(self) -> torch.dtype:
         dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)  # noqa: S101 - the Literal names only dtypes
+        assert isinstance(dtype, torch.dtype)
         return dtype
 
     @property

@@ -200,7 +200,7 @@ def gradients(run: Run, work: Path) -> tuple[float, list[torch.Tensor]]:
     trainer = assembly.trainer_of(adapted, planned, precision, contract, rows, work)
     found: list[torch.Tensor] = []
 
-    class Stop(Exception):  # noqa: N818
+    class Stop(Exception):
         pass
 
     class Catching(Trainer):

@@ -29,7 +29,7 @@ def with_adapter(base: BaseModel, adapter: Path, model: Any = None) -> PeftModel
     except (ValueError, RuntimeError, KeyError) as error:
         message = f"The adapter does not fit base model {base.name}: {error}"
         raise GraftError("adapter_mismatch", message, status=422) from error
-    assert isinstance(adapted, PeftModel)  # noqa: S101 - for the type checker
+    assert isinstance(adapted, PeftModel)
     return adapted
 
 

@@ -122,7 +122,7 @@ def _metrics(found: Evaluation, trained: Mapping[str, float]) -> dict[str, float
         if None in pair:
             pair = [side.losses.of(found.kept).mean for side in (found.adapter, found.base)]
         for prefix, loss in zip(("", "base_"), pair, strict=True):
-            assert loss is not None  # noqa: S101 - for the type checker
+            assert loss is not None
             made |= {f"{prefix}eval_loss": loss, f"{prefix}eval_perplexity": perplexity(loss)}
     for scored in found.scores:
         made |= {scored.name: scored.adapter, f"base_{scored.name}": scored.base}

@@ -39,7 +39,7 @@ def load(model: BaseModel, precision: Precision, folder: Path) -> PeftModel:
     # The last positions of a batch are no block of memory, and torch then multiplies a copy of the head for every row.
     adapted.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     adapted.eval()
-    assert isinstance(adapted, PeftModel)  # noqa: S101 - for the type checker
+    assert isinstance(adapted, PeftModel)
     return adapted
 
 

@@ -88,7 +88,7 @@ def with_adapter(model: Any, spec: Spec) -> PeftModel:
         )
     except ValueError as error:
         raise _unknown(model, f"LoRA cannot be put on {lora.target_modules}: {error}") from error
-    assert isinstance(adapted, PeftModel)  # noqa: S101 - for the type checker
+    assert isinstance(adapted, PeftModel)
     return adapted
 
 
@@ -126,11 +126,11 @@ def trainer_of(
     """
     spec = plan.spec
     training = spec.training
-    assert isinstance(training.batch_size, int)  # noqa: S101
+    assert isinstance(training.batch_size, int)
     examples = rows.train_examples
     packed = training.packing is True
     if packed:
-        assert isinstance(training.max_length, int)  # noqa: S101 - resolved
+        assert isinstance(training.max_length, int)
         attention.prepare(model)
         examples = packing.packed(examples, training.max_length)
     on_cpu = base_model.device().type == "cpu"

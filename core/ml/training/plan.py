@@ -113,7 +113,7 @@ def _layout(
         found = (batch, keep, checkpointing, size)
         if size <= _SHARE * device.free_bytes:
             break
-    assert found is not None  # noqa: S101 - there is always a layout
+    assert found is not None
     return found
 
 

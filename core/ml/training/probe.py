@@ -1,6 +1,7 @@
 """What a run takes, measured: a few real steps on its own rows, on this device."""
 
 import resource
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -119,8 +120,10 @@ class _Watch(TrainerCallback):
         control.should_save = state.global_step == state.max_steps
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        checkpoints.seal(folder)
         self.saving = _now() - self._ended
+        shutil.rmtree(folder)
 
 
 def _now() -> float:

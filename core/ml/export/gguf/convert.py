@@ -105,7 +105,7 @@ def reads_the_same(file: Path, contract: Contract, samples: list[Encoded]) -> bo
 
 def _file_type(file: Path) -> int:
     field = GGUFReader(file).get_field("general.file_type")
-    assert field is not None  # noqa: S101 - `write` put it there
+    assert field is not None
     return int(field.contents())
 
 

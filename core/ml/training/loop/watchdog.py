@@ -39,7 +39,7 @@ WORDS: dict[Cause, str] = {
 }
 
 
-class Again(Exception):  # noqa: N818 - the end of an attempt, not a failure
+class Again(Exception):
     """The run cannot go on as it is, and begins again with `changes` of its spec.
 
     It goes on from its last checkpoint; with `from_start` there is none yet.

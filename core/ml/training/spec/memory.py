@@ -103,7 +103,7 @@ def needed(
     half = _SINGLE if spec.quantization.compute_dtype == "float32" else _HALF
     adapter = shape.adapter(spec.lora.r, spec.lora.target_modules)
     optimizer = spec.training.optimizer
-    assert optimizer != "auto"  # noqa: S101 - resolved
+    assert optimizer != "auto"
     moments = _MOMENTS[optimizer]
     # Beside the masters, their gradients and the moments: the optimizer's two intermediate results.
     learned = adapter * (2 * _SINGLE + moments + half + 2 * _SINGLE)

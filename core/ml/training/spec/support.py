@@ -73,7 +73,7 @@ def check_sharded(spec: Spec) -> None:
             raise BadRequest(
                 "not_with_fsdp",
                 f"This worker's processes share each model (GRAFT_TRAINER_SHARDING is fsdp), and {param} as it "
-                "is given needs whole weights.",
+                "is given cannot be used then.",
                 param=param,
                 hint=f"Leave {param} at its default, or have the worker run with GRAFT_TRAINER_SHARDING=ddp.",
             )

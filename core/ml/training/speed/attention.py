@@ -47,7 +47,7 @@ def keeps_documents_apart(model: Any) -> bool:
             if name != "labels"
         }
         logits = model(**batch, use_cache=False).logits[0, _TOKENS:]
-        assert isinstance(logits, torch.Tensor)  # noqa: S101 - for the type checker
+        assert isinstance(logits, torch.Tensor)
         return logits.float()
 
     training = model.training

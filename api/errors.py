@@ -16,6 +16,23 @@ logger = logging.getLogger(__name__)
 
 # As many problems as one answer names.
 _LISTED = 50
+# What peft and transformers call our fields.
+_ELSEWHERE = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "max_seq_length": "max_length",
+    "lr_scheduler_type": "scheduler",
+    "optim": "optimizer",
+    "eval_steps": "every_steps",
+    "save_steps": "every_steps",
+    "save_total_limit": "keep",
+    "load_in_4bit": "bits",
+}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -140,8 +157,13 @@ def _problem(item: dict[str, Any], model: Any) -> dict[str, Any]:
     message = f'The field "{field}": {text}.'
     if item["type"] == "extra_forbidden":
         message, hint = f'There is no field "{field}".', None
-        if near := nearest(place[-1], _fields_at(model, place[:-1])):
+        fields = _fields_at(model, place[:-1])
+        known_as = _ELSEWHERE.get(place[-1])
+        if near := known_as if known_as in fields else nearest(place[-1], fields):
             hint = f'Did you mean "{".".join([*place[:-1], near])}"?'
+    elif item["type"] == "string_pattern_mismatch":
+        text = "has characters, or a form, that it cannot have"
+        message = f'The field "{field}" {text}.'
     elif item["type"] == "missing":
         message = f'The field "{field}" is missing.'
     elif item["type"] == "json_invalid":

@@ -1,10 +1,20 @@
 """What several resources share."""
 
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 Item = TypeVar("Item")
+_LONGEST_NAME = 128
+
+
+def _name(text: str) -> str:
+    if not text or len(text) > _LONGEST_NAME or any(ord(sign) < ord(" ") or sign == "\x7f" for sign in text):
+        raise ValueError(f"1 to {_LONGEST_NAME} characters without line breaks or other control characters")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
 
 
 class Request(BaseModel):

@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from api.schemas.common import Request
+from api.schemas.common import Name, Request
 from api.schemas.presets import JobPreset
 from core.control import jobs
 from core.control.db import Session
@@ -24,7 +24,6 @@ from core.ml.training.spec import presets
 
 # Names of metadata: what both databases can look up by.
 LABEL = r"^[\w.:/ -]+$"
-Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
 class Validation(Request):

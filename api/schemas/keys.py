@@ -1,14 +1,12 @@
 """Projects and API keys on the wire."""
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, StringConstraints
+from pydantic import BaseModel
 
-from api.schemas.common import Request
+from api.schemas.common import Name, Request
 from core.control.tables import ApiKey, Project, Role
-
-Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
 class ProjectCreate(Request):

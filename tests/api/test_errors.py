@@ -130,7 +130,9 @@ def test_json_needs_its_content_type(shared_api: Api, content_type: str | None) 
             "training.learning_rat",
             "training.learning_rate",
         ),
-        ("/jobs", {"dataset_id": "x", "lora": {"rank": 8, "aplha": 1}}, "lora.rank", None),
+        ("/jobs", {"dataset_id": "x", "lora": {"rank": 8, "aplha": 1}}, "lora.rank", "lora.r"),
+        ("/jobs", {"dataset_id": "x", "training": {"lr": 1}}, "training.lr", "training.learning_rate"),
+        ("/jobs", {"dataset_id": "x", "training": {"eval_steps": 1}}, "training.eval_steps", None),
         (
             "/jobs",
             {"dataset_id": "x", "validation": {"fracton": 0.1}},
@@ -156,6 +158,16 @@ def test_an_unknown_field_is_answered_with_the_nearest(
     assert problem["message"] == f'There is no field "{param}".'
     if near is not None:
         assert problem["hint"] == f'Did you mean "{near}"?'
+
+
+@pytest.mark.parametrize("name", ["", "x" * 129, "a\nb", "a\x1f", "a\x7f"])
+def test_a_name_that_cannot_be_is_refused_in_words(shared_api: Api, name: str) -> None:
+    for path, body in (("/jobs", {"dataset_id": "x"}), ("/projects", {}), ("/keys", {})):
+        error = refused(shared_api.client.post(path, json=body | {"name": name}), 422, "invalid_request")
+        assert error["param"] == "name"
+        assert error["message"].endswith(
+            "1 to 128 characters without line breaks or other control characters."
+        )
 
 
 @only_sqlite

@@ -24,7 +24,7 @@ from core.ml import catalogue
 from core.ml import contract as contracts
 from core.ml.training import config, data, plan
 from core.ml.training.data import Rows
-from core.ml.training.plan import Device
+from core.ml.training.plan import Device, Plan
 from core.ml.training.run import Run, Source
 from core.ml.training.spec import memory
 
@@ -78,7 +78,7 @@ def _preflight(body: JobCreate, services: Services, caller: Caller) -> Preflight
         dataset_id=train.id,
         spec=spec.model_dump(),
     )
-    tokens = None
+    planned = None
     with tempfile.TemporaryDirectory(dir=services.settings.uploads) as folder:
         run = Run(
             model=base,
@@ -106,15 +106,15 @@ def _preflight(body: JobCreate, services: Services, caller: Caller) -> Preflight
             _count(answer, run, rows)
             if device is not None and not answer.problems:
                 try:
-                    tokens = _reckon(answer, run, rows, device)
+                    planned = _reckon(answer, run, rows, device)
                 except BadRequest as error:
                     answer.problems = [Problem.of(error)]
     if answer.problems:
         answer.ok, answer.not_measured = False, "The job would fail."
     else:
         _measure(services, body.kept_spec(asked), answer)
-        if answer.ok and answer.seconds_per_step is None and tokens is not None:
-            _by_earlier_jobs(services, answer, tokens)
+        if answer.ok and answer.seconds_per_step is None and planned is not None:
+            _by_earlier_jobs(services, answer, planned, rows)
     return answer
 
 
@@ -139,8 +139,8 @@ def _count(answer: PreflightOut, run: Run, rows: Rows) -> None:
         answer.total_steps = plan.total_steps(run.spec, plan.trained_rows(run.spec, rows))
 
 
-def _reckon(answer: PreflightOut, run: Run, rows: Rows, device: dict[str, Any]) -> float:
-    """The plan for the device that a worker has told of, before anything is measured there; its tokens of a step."""
+def _reckon(answer: PreflightOut, run: Run, rows: Rows, device: dict[str, Any]) -> Plan:
+    """The plan for the device that a worker has told of, before anything is measured there."""
     known = {field.name: device[field.name] for field in dataclasses.fields(Device) if field.name in device}
     if run.spec.quantization.compute_dtype != "auto":
         known["compute_dtype"] = run.spec.quantization.compute_dtype
@@ -152,7 +152,7 @@ def _reckon(answer: PreflightOut, run: Run, rows: Rows, device: dict[str, Any]) 
         answer.memory = MemoryOut(
             needed_bytes=planned.memory_bytes, present_bytes=device["free_bytes"], measured=False
         )
-    return plan.tokens_of_step(planned.spec, rows)
+    return planned
 
 
 def _measure(services: Services, spec: dict[str, Any], answer: PreflightOut) -> None:
@@ -181,13 +181,18 @@ def _measure(services: Services, spec: dict[str, Any], answer: PreflightOut) -> 
         answer.not_measured = found["unknown"]
 
 
-def _by_earlier_jobs(services: Services, answer: PreflightOut, tokens: float) -> None:
-    """The seconds that steps of so many tokens take, by earlier runs alike."""
+def _by_earlier_jobs(services: Services, answer: PreflightOut, planned: Plan, rows: Rows) -> None:
+    """The seconds that it takes if it goes as earlier runs alike did."""
+    tokens = plan.tokens_of_step(planned.spec, rows)
     with db.reading(services.sessions) as session:
-        earlier = probes.experience(session, answer.model, answer.spec)
-    if earlier and answer.total_steps:
-        answer.seconds_per_step = tokens / earlier.steps
-        answer.eta_seconds = answer.total_steps * tokens / earlier.overall
+        pace = probes.experience(session, answer.model, answer.spec, tokens)
+    if pace is None:
+        return
+    evaluations, _ = plan.pauses(planned, rows)
+    answer.seconds_per_step = tokens / pace.steps
+    answer.eta_seconds = planned.total_steps * answer.seconds_per_step + max(evaluations, 1) * pace.pause
+    if evaluations:
+        answer.eta_seconds += evaluations * plan.validation_tokens(rows) / pace.evaluation
 
 
 def _wait(services: Services, probe_id: str) -> dict[str, Any]:

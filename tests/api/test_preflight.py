@@ -220,13 +220,14 @@ def test_where_nothing_is_measured_earlier_jobs_alike_tell_the_seconds(api: Api)
         fence = rows.claimed(api.sessions, job.id).fence
         with api.sessions.begin() as session:
             events.measure(session, job.id, 1, {"tokens_per_second": speed})
-            measured = {"tokens": 100, "train_seconds": 100 / speed * 2}
-            attempts.renew(session, job.id, fence, 60, metrics=measured)
+            tokens = found["tokens"]["total"]
+            measured = {"tokens": tokens, "train_seconds": tokens / speed + 5}
+            attempts.renew(session, job.id, fence, 60, step=1, metrics=measured)
             attempts.succeed(session, job.id, fence, rows.adapter(api.project_id, job.id))
     found = asked(api, [pair(0), pair(1)], training=training)
     assert found["seconds_per_step"] == pytest.approx(found["tokens"]["total"] / 50)
-    # Half of those jobs' time went into evaluations and checkpoints.
-    assert found["eta_seconds"] == pytest.approx(20 * found["seconds_per_step"])
+    # 5 s of those jobs went into their checkpoints.
+    assert found["eta_seconds"] == pytest.approx(10 * found["seconds_per_step"] + 5)
     assert found["not_measured"] == "No worker is free."
 
 

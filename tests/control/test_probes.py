@@ -70,8 +70,12 @@ def test_a_job_of_an_earlier_version_is_not_alike(sessions: Sessions) -> None:
         fence = rows.claimed(sessions, job.id).fence
         with sessions.begin() as session:
             speed = 50.0 if kept is spec else 1.0
-            events.measure(session, job.id, 1, {"tokens_per_second": speed})
-            attempts.renew(session, job.id, fence, 60, metrics={"tokens": 200, "train_seconds": 5})
+            values = {"tokens_per_second": speed, "eval_seconds": 2.0, "eval_tokens": 300}
+            events.measure(session, job.id, 1, values)
+            metrics = {"tokens": 200, "train_seconds": 9}
+            attempts.renew(session, job.id, fence, 60, step=2, metrics=metrics)
             attempts.succeed(session, job.id, fence, rows.adapter(project_id, job.id))
     with sessions() as session:
-        assert probes.experience(session, job.model, spec) == (50.0, 40.0)
+        # 4 s of steps, 2 of the evaluation: 3 s are left for what came with it.
+        assert probes.experience(session, job.model, spec, 90.0) == (50.0, 150.0, 3.0)
+        assert probes.experience(session, job.model, spec, 150.0) is None

@@ -12,8 +12,10 @@ from core.control.tables import Job, JobKind, JobMetric, JobStatus, Probe, new_i
 
 # Nobody waits longer for an answer.
 PATIENCE_SECONDS = 120.0
-# So many earlier jobs are looked at for some alike, so many of them are taken, and so many steps of each.
-_EARLIER, _ALIKE, _STEPS = 50, 5, 50
+# So many earlier jobs are looked at for some alike, and so many of them are taken.
+_EARLIER, _ALIKE = 50, 5
+# So far a step's tokens may be from those asked for.
+_NEAR = 0.25
 
 
 def device_is_free(session: Session) -> bool:
@@ -58,37 +60,43 @@ def forget(session: Session, probe_id: str) -> None:
     session.execute(delete(Probe).where(Probe.id == probe_id))
 
 
-class Speed(NamedTuple):
-    """Tokens per second: of the `steps` alone, and `overall`, with evaluations and checkpoints."""
+class Pace(NamedTuple):
+    """Tokens per second of `steps` and of an `evaluation`; seconds of a `pause`: what an evaluation brings beside, its
+    samples and the checkpoints until the next."""
 
     steps: float
-    overall: float
+    evaluation: float
+    pause: float
 
 
-def experience(session: Session, model: str, spec: dict[str, Any]) -> Speed | None:
-    """The medians of the newest trainings of this model that was held and adapted in the same way; None where there
-    are none. Whose jobs they were does not matter: a speed tells nothing of them."""
+def experience(session: Session, model: str, spec: dict[str, Any], tokens: float) -> Pace | None:
+    """How fast the newest trainings alike were: of this model, held and adapted in the same way, with about so many
+    `tokens` in a step. None where there are none. Whose jobs they were does not matter: a pace tells nothing of them.
+    """
     alike = select(Job).where(
         Job.kind == JobKind.TRAIN, Job.status == JobStatus.SUCCEEDED, Job.model == model
     )
     jobs = session.scalars(alike.order_by(Job.finished_at.desc()).limit(_EARLIER))
-    found = [
-        _speed(session, job)
-        for job in islice((job for job in jobs if _work(job.spec) == _work(spec)), _ALIKE)
-    ]
-    speeds = [speed for speed in found if speed is not None]
-    return Speed(*map(median, zip(*speeds, strict=True))) if speeds else None
+    found = islice((job for job in jobs if _work(job.spec) == _work(spec) and _is_near(job, tokens)), _ALIKE)
+    paces = [_pace(session, job) for job in found]
+    return Pace(*map(median, zip(*paces, strict=True))) if paces else None
 
 
-def _speed(session: Session, job: Job) -> Speed | None:
-    rows = select(JobMetric.values).where(JobMetric.job_id == job.id).order_by(JobMetric.step.desc())
-    paces = [
-        values["tokens_per_second"]
-        for values in session.scalars(rows.limit(_STEPS))
-        if "tokens_per_second" in values
-    ]
-    seconds, tokens = job.metrics.get("train_seconds"), job.metrics.get("tokens")
-    return Speed(median(paces), tokens / seconds) if paces and seconds and tokens else None
+def _is_near(job: Job, tokens: float) -> bool:
+    """A step has costs of its own beside those of its tokens: only one of about the same size tells of another."""
+    read = job.metrics.get("tokens", 0) / max(job.step, 1)
+    return "train_seconds" in job.metrics and abs(read - tokens) <= _NEAR * tokens
+
+
+def _pace(session: Session, job: Job) -> Pace:
+    rows = list(session.scalars(select(JobMetric.values).where(JobMetric.job_id == job.id)))
+    steps = median(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+    evaluated = [row for row in rows if row.get("eval_seconds")]
+    seconds = sum(row["eval_seconds"] for row in evaluated)
+    rest = job.metrics["train_seconds"] - job.metrics["tokens"] / steps - seconds
+    # Forward alone is half of a step where the weights learn nothing themselves.
+    evaluation = sum(row["eval_tokens"] for row in evaluated) / seconds if seconds else 2 * steps
+    return Pace(steps, evaluation, max(rest, 0.0) / max(len(evaluated), 1))
 
 
 def _work(spec: dict[str, Any]) -> list[Any]:

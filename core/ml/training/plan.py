@@ -194,14 +194,22 @@ def steps_per_epoch(spec: Spec, rows: int) -> int:
     return math.ceil(rows / spec.training.effective_batch_size)
 
 
-def pauses(spec: Spec, steps: int) -> tuple[int, int]:
-    """Evaluations in a run of so many steps, and its checkpoints if every evaluation is the best so far."""
+def validation_tokens(rows: Rows) -> int:
+    """That an evaluation reads."""
+    if rows.valid is not None:
+        return sum(rows.valid.lengths)
+    return sum(rows.data.lengths[place] for place in rows.held_back)
+
+
+def pauses(planned: Plan, rows: Rows) -> tuple[int, int]:
+    """Evaluations of a run, and its checkpoints if every evaluation is the best so far."""
 
     def at(every: int | str | None) -> set[int]:
+        steps = planned.total_steps
         return {*range(every, steps + 1, every), steps} if isinstance(every, int) else set()
 
-    evaluated, saved = at(spec.evaluation.every_steps), at(spec.checkpoints.every_steps)
-    return len(evaluated), len(evaluated | saved)
+    evaluated = at(planned.spec.evaluation.every_steps) if rows.valid_count else set()
+    return len(evaluated), len(evaluated | at(planned.spec.checkpoints.every_steps))
 
 
 def resolved(spec: Spec, rows: Rows) -> Spec:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
 from core.ml.training import assembly, plan
-from core.ml.training.data import LabelledIds, Rows, checked_rows
+from core.ml.training.data import Rows, checked_rows
 from core.ml.training.files import checkpoints
 from core.ml.training.loop import samples
 from core.ml.training.loop.trainer import Trainer
@@ -71,9 +71,9 @@ def measure(run: Run) -> dict[str, Any]:
     usual = fed[:: max(len(fed) // (_USUAL_STEPS * effective), 1)][: _USUAL_STEPS * effective]
     trainer, watch = trained(usual, _USUAL_STEPS)
     seconds_per_step = watch.seconds / _USUAL_STEPS
-    evaluations, saves = plan.pauses(planned.spec, planned.total_steps)
+    evaluations, saves = plan.pauses(planned, rows)
     training_seconds = planned.total_steps * seconds_per_step + saves * watch.saving
-    if evaluations and rows.valid_count:
+    if evaluations:
         evaluating = _evaluating(trainer, rows)
         started = _now()
         # Before it has learnt to end its answers, so at most what those of the run take.
@@ -98,11 +98,7 @@ def _evaluating(trainer: Trainer, rows: Rows) -> float:
     started = _now()
     trainer.loss_on(some)
     seconds = _now() - started
-    return seconds * _tokens(rows.valid_examples) / _tokens(some)
-
-
-def _tokens(examples: Sequence[LabelledIds]) -> int:
-    return sum(len(example["input_ids"]) for example in examples)
+    return seconds * plan.validation_tokens(rows) / sum(len(row["input_ids"]) for row in some)
 
 
 class _Watch(TrainerCallback):

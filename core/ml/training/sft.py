@@ -19,10 +19,9 @@ from core.ml.training import assembly, plan, ranks
 from core.ml.training.config import Spec
 from core.ml.training.data import CHECKED_ROWS, Rows, checked_rows
 from core.ml.training.files import checkpoints, saving
-from core.ml.training.loop import guard, samples, watchdog
-from core.ml.training.loop.heap import Heap
+from core.ml.training.loop import guard, heap, samples, watchdog
 from core.ml.training.loop.progress import Progress
-from core.ml.training.loop.reporter import Report, Reporter, alive, memory_bytes
+from core.ml.training.loop.reporter import Report, Reporter, alive
 from core.ml.training.loop.samples import Sampler
 from core.ml.training.loop.trainer import Trainer
 from core.ml.training.run import Run
@@ -54,7 +53,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     """
     if run.processes > 1:
         ranks.join()
-    before = memory_bytes()
+    before = heap.taken()
     report("phase", phase="preparing")
     with alive(report):
         base_model.prepare(run.model)
@@ -90,8 +89,13 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     try:
         trainer = assembly.trainer_of(model, planned, precision, contract, rows, run.work / "checkpoints")
         trainer.watchdog = guard.Watchdog(report, progress, spec, run.recoveries, _line_of(rows))
-        heap = Heap(before, planned.memory_bytes)
-        for callback in (progress, Reporter(report, stop, progress), trainer.watchdog, sampler, heap):
+        for callback in (
+            progress,
+            Reporter(report, stop, progress),
+            trainer.watchdog,
+            sampler,
+            heap.Heap(before, planned.memory_bytes),
+        ):
             trainer.add_callback(callback)
         report("phase", phase="training")
         _run(trainer, run, progress, total_steps)

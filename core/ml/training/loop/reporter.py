@@ -81,7 +81,8 @@ class Reporter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "eval_loss" in logs:
-            values = _finite({"eval_loss": float(logs["eval_loss"])})
+            names = {"eval_loss": "eval_loss", "eval_runtime": "eval_seconds", "eval_tokens": "eval_tokens"}
+            values = _finite({ours: float(logs[theirs]) for theirs, ours in names.items()})
             self.report("metrics", step=state.global_step, values=values, progress=None)
         if "learning_rate" not in logs:
             return  # not the log of a step

@@ -77,17 +77,19 @@ class Trainer(SFTTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the library's, but its mean of the batches' means would change with the batch size."""
-        self._total = torch.zeros(2, dtype=torch.float64)
+        self._total = torch.zeros(3, dtype=torch.float64)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, tokens = self.accelerator.reduce(self._total.to(self.args.device), "sum").tolist()
+        loss, tokens, read = self.accelerator.reduce(self._total.to(self.args.device), "sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
+        output.metrics[f"{metric_key_prefix}_tokens"] = read
         return output
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         labels = inputs["labels"][..., 1:]
         result = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = int((labels >= 0).sum())
-        self._total += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)
+        sums = [float(result[0]) * tokens, tokens, inputs["input_ids"].numel()]
+        self._total += torch.tensor(sums, dtype=torch.float64)
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -70,7 +70,8 @@ def measure(run: Run) -> dict[str, Any]:
     needed = _peak() - before
     usual = fed[:: max(len(fed) // (_USUAL_STEPS * effective), 1)][: _USUAL_STEPS * effective]
     trainer, watch = trained(usual, _USUAL_STEPS)
-    seconds_per_step = watch.seconds / _USUAL_STEPS
+    read = sum(rows.data.lengths[place] for pack in usual for place in pack)
+    seconds_per_step = watch.seconds * plan.tokens_of_step(planned.spec, rows) / read
     evaluations, saves = plan.pauses(planned, rows)
     training_seconds = planned.total_steps * seconds_per_step + saves * watch.saving
     if evaluations:

@@ -55,15 +55,22 @@ def test_much_memory_takes_the_whole_step_at_once_with_weights_kept() -> None:
 
 
 def test_less_memory_gives_up_one_thing_after_the_other() -> None:
-    seen = [layout(planned(free)) for free in (20, 2.2, 1.2, 0.1)]
+    seen = [layout(planned(free)) for free in (20, 2.5, 1.5, 0.1)]
     assert seen[0] == (8, True, False)
     assert seen[1][2] is False
     assert seen[1][0] < 8
     assert seen[2][2] is True
     # The smallest there is, even where it may not fit: the reckoning can be wrong.
     assert seen[3] == (1, False, True)
-    sizes = [planned(free).memory_bytes or 0 for free in (20, 2.2, 1.2, 0.1)]
+    sizes = [planned(free).memory_bytes or 0 for free in (20, 2.5, 1.5, 0.1)]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_run_grows_with_the_shapes_it_meets() -> None:
+    one, thirty, many = (
+        planned(20, training={"max_steps": steps}).memory_bytes or 0 for steps in (1, 30, 1000)
+    )
+    assert one < thirty == many < one + 400_000_000
 
 
 def test_an_attempt_that_goes_on_keeps_its_weights_as_they_were() -> None:

@@ -92,6 +92,7 @@ def _layout(
     ratio = rows.data.trained_tokens / max(sum(rows.data.lengths), 1)
     found: tuple[int, bool, bool, int | None] | None = None
     share = _share(spec.training, device.processes)
+    steps = total_steps(spec, trained_rows(spec, rows))
     keeping = [True, False] if spec.quantization.bits == 4 and not device.cuda else [False]
     keeping = keeping if kept is None else [kept]
     for batch, keep, checkpointing in _layouts(spec.training, share, lengths[0], keeping):
@@ -109,6 +110,7 @@ def _layout(
             kept=keep,
             checkpointing=checkpointing,
             parts=device.processes if device.sharded else 1,
+            steps=steps,
         )
         found = (batch, keep, checkpointing, size)
         if size <= _SHARE * device.free_bytes:

@@ -67,7 +67,7 @@ def measure(run: Run) -> dict[str, Any]:
     effective = planned.spec.training.effective_batch_size
     # Two steps: the optimizer makes its state in the first, after the backward pass.
     trained(fullest[:effective], 2)
-    needed = _peak() - before
+    needed = _peak() - before + memory.growth(planned.total_steps, cuda=torch.cuda.is_available())
     usual = fed[:: max(len(fed) // (_USUAL_STEPS * effective), 1)][: _USUAL_STEPS * effective]
     trainer, watch = trained(usual, _USUAL_STEPS)
     read = sum(rows.data.lengths[place] for pack in usual for place in pack)

@@ -22,6 +22,8 @@ _MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32b
 # Libraries, allocator and buffers of the data: what a run takes beside all that.
 _REST = {False: 150_000_000, True: 700_000_000}
 _ALLOCATOR = 1.15
+# On a CPU torch's library keeps a kernel for each shape that it met, up to a thousand: every step brings new ones.
+_KERNELS, _MET_AFTER = 350_000_000, 30
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,12 @@ def needed(
     kept: bool,
     checkpointing: bool,
     parts: int = 1,
+    steps: int = 0,
 ) -> int:
     """Bytes that a run takes at its peak, with a micro-batch of rows of these `lengths`, of whose tokens so many are
     `trained`.
 
-    `kept`: the weights lie there dequantised. So many processes hold `parts` of the model. `spec` has its compute_dtype
+    `kept`: the weights lie there dequantised. So many processes hold `parts` of the model. After `steps` it has grown. `spec` has its compute_dtype
     and its optimizer resolved.
     """
     half = _SINGLE if spec.quantization.compute_dtype == "float32" else _HALF
@@ -121,7 +124,12 @@ def needed(
     whole = _weights(shape, spec.quantization.bits, half, kept=kept)
     running = (whole + learned) // parts + through + scored
     # Those that share the model begin by loading all of it each.
-    return int(max(running, whole) * _ALLOCATOR) + _REST[cuda]
+    return int(max(running, whole) * _ALLOCATOR) + _REST[cuda] + growth(steps, cuda=cuda)
+
+
+def growth(steps: int, *, cuda: bool) -> int:
+    """Bytes that a run has taken beside, after so many steps."""
+    return 0 if cuda else _KERNELS * min(steps, _MET_AFTER) // _MET_AFTER
 
 
 def _weights(shape: Shape, bits: int, half: int, *, kept: bool) -> int:

@@ -185,7 +185,8 @@ def test_a_trainer_killed_while_it_is_to_pause_leaves_a_paused_job(
         time.sleep(1.5)
         os.kill(trainer, signal.SIGKILL)
         wait_until(lambda: client.job(job_id)["status"] == "paused", "the job is paused", 30)
-        kinds = [event["type"] for event in client.events(job_id)]
+        # What the trainer still had said (of a checkpoint) may be heard after the pause was asked for.
+        kinds = [event["type"] for event in client.events(job_id) if event["type"] != "checkpoint"]
         assert kinds[:3] == ["paused", "crashed", "pause_requested"]
         client.resume(job_id)
         *_, job = client.watch(job_id)

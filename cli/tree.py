@@ -34,7 +34,7 @@ def plan(settings: Settings, key: str) -> tuple[dict[str, str], dict[str, list[s
         programs["inference"] = [
             *PYTHON,
             "uvicorn",
-            "worker.inference:create_app",
+            "worker.inference.main:create_app",
             "--factory",
             "--host",
             "127.0.0.1",

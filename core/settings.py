@@ -52,6 +52,21 @@ class Settings(BaseSettings):
     engine_url: str = Field("http://127.0.0.1:8001", description="Inference engine with the OpenAI wire.")
     engine_key: SecretStr | None = Field(None, description="Bearer key the engine asks for.")
     engine_bits: int = Field(4, description="Precision of the served base model: 4 (NF4, as trained) or 16.")
+    engine_adapter_bytes: int = Field(2**30, ge=1, description="Memory of the engine for adapters.")
+    engine_prefix_bytes: int = Field(
+        2**28, ge=0, description="Memory of the engine for prompts' beginnings that may come again."
+    )
+    engine_cache_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="Memory of the engine for answers being written; default: a share of what is free.",
+    )
+    engine_running: int = Field(32, ge=1, description="Answers the engine writes at a time.")
+    engine_waiting: int = Field(128, ge=1, description="Answers that may wait for them.")
+    engine_answer_seconds: float = Field(600, gt=0, description="The longest that an answer may take.")
+    engine_idle_seconds: float = Field(
+        0, ge=0, description="Idle for so long, the engine gives its memory back; 0: never."
+    )
     admin_key: SecretStr | None = Field(
         None, description="First admin key, where none exists yet; `graft up` makes one itself."
     )

@@ -55,11 +55,17 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
         "temperature": body.temperature,
         "top_p": body.top_p,
         "top_k": body.top_k,
+        "min_p": body.min_p,
         "repetition_penalty": body.repetition_penalty,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "logit_bias": body.logit_bias,
         "stop": [body.stop] if isinstance(body.stop, str) else body.stop,
         "stop_token_ids": [] if body.raw else stop_ids,
         "seed": body.seed,
         "n": body.n,
+        # Prompts are only found again within a project.
+        "cache_salt": caller.project_id,
     }
     if body.stream:
         chunks = await services.engine.stream(target, ids, sampling)
@@ -76,6 +82,7 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
         id=f"gen_{ULID()}",
         model=target.base_model,
         adapter_id=body.adapter_id,
+        served_by=answer.get("served_by"),
         outputs=outputs,
         usage=_usage(answer),
     )
@@ -160,7 +167,7 @@ async def _events(
     chunks: AsyncIterator[dict[str, Any]], target: Target, adapter_id: str | None
 ) -> AsyncIterator[str]:
     """`token` events and one `done`; an error in the middle is an `error` event."""
-    finish_reason, usage = None, None
+    finish_reason, usage, served_by = None, None, None
     try:
         async for chunk in chunks:
             for choice in chunk["choices"]:
@@ -168,6 +175,7 @@ async def _events(
                 if choice.get("text"):
                     yield _event("token", {"text": choice["text"]})
             usage = chunk.get("usage") or usage
+            served_by = chunk.get("served_by") or served_by
     except GraftError as error:
         yield _event("error", {"error": {**error.as_dict(), "type": "server_error"}})
         return
@@ -177,6 +185,7 @@ async def _events(
             "id": f"gen_{ULID()}",
             "model": target.base_model,
             "adapter_id": adapter_id,
+            "served_by": served_by,
             "finish_reason": finish_reason,
             "usage": _usage({"usage": usage or {}}),
         },

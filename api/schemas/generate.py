@@ -7,7 +7,8 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 from api.schemas.common import Request
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 _COLDEST = 0.01
 
@@ -40,7 +41,11 @@ class GenerateRequest(Request):
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=1000)
+    min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.1, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[TokenId, Bias] = Field(default_factory=dict, max_length=1024)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
     seed: int | None = Field(None, ge=0, lt=2**31)
     n: int = Field(1, ge=1, le=8)
@@ -71,9 +76,12 @@ class Output(BaseModel):
 
 
 class Generation(BaseModel):
+    """`served_by`: `batch`, together with others; `compat`, alone, by peft; None where another engine does not say."""
+
     id: str
     object: Literal["generation"] = "generation"
     model: str
     adapter_id: str | None
+    served_by: str | None
     outputs: list[Output]
     usage: dict[str, Any]

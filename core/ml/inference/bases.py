@@ -1,0 +1,77 @@
+"""What is known of a base model before it is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from core.errors import BadRequest
+from core.ml import base_model, catalogue
+from core.ml import contract as contracts
+from core.ml.catalogue import Catalogue
+from core.ml.inference.batch.lora import linear_layers
+from core.ml.inference.batch.model import supported
+from core.ml.inference.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Base:
+    """`layers`: (outputs, inputs) of each that adapters can be added
+    to; none where the batch does not read it."""
+
+    layers: dict[str, tuple[int, int]]
+    vocabulary: int
+    context: int
+    ends: frozenset[int]
+    tokenizer: Any
+
+
+def look(models: Catalogue, name: str) -> Base:
+    """Its files are brought here if they are not.
+
+    Raises:
+        NotFound: `model_not_found` or `model_not_installed`.
+    """
+    model = catalogue.find(models, name)
+    base_model.prepare(model)
+    config = AutoConfig.from_pretrained(model.path)
+    layers = {}
+    if supported(config):
+        with torch.device("meta"):
+            found = linear_layers(AutoModelForCausalLM.from_config(config))
+        layers = {name: (layer.out_features, layer.in_features) for name, layer in found.items()}
+    contract = contracts.load_cached(model.path)
+    return Base(
+        layers,
+        config.vocab_size,
+        catalogue.context(model),
+        frozenset(contract.stop_token_ids),
+        contract.tokenizer,
+    )
+
+
+def check(base: Base, prompt: list[int], sampling: Sampling) -> None:
+    """Refuse what the model cannot read.
+
+    Raises:
+        BadRequest: `invalid_prompt`, `invalid_logit_bias` or `prompt_too_long`.
+    """
+    if not prompt or min(prompt) < 0 or max(prompt) >= base.vocabulary:
+        raise BadRequest(
+            "invalid_prompt", f"The prompt must be token ids from 0 to {base.vocabulary - 1}.", status=400
+        )
+    if any(not 0 <= token < base.vocabulary for token in sampling.logit_bias):
+        raise BadRequest(
+            "invalid_logit_bias",
+            f"logit_bias must name token ids from 0 to {base.vocabulary - 1}.",
+            param="logit_bias",
+            status=400,
+        )
+    if len(prompt) + sampling.max_tokens > base.context:
+        raise BadRequest(
+            "prompt_too_long",
+            f"{len(prompt)} prompt tokens and {sampling.max_tokens} new ones are more "
+            f"than the {base.context} the model reads.",
+            status=400,
+        )

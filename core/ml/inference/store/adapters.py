@@ -1,0 +1,207 @@
+"""Adapters beside the base model: read from their files, checked against the model's layers, kept within a budget."""
+
+import hashlib
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from core.errors import Conflict
+from core.ml.inference.batch.lora import Adapter, Pair
+
+_PREFIX = "base_model.model."
+_KINDS = ("lora_A", "lora_B")
+# What peft can do and the batch cannot: such adapters are served by peft itself, one request at a time.
+_APART = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
+# The batch adds nothing to what stands before the first layer and after the last.
+_ENDS = ("lm_head", "embed_tokens")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter's folder as it was looked at. `digest`: sha256 of weights and configuration; `apart`: the batch cannot
+    serve it, peft can; `bytes`: in memory, as float32."""
+
+    name: str
+    base: str
+    folder: Path
+    digest: str
+    apart: bool
+    bytes: int
+
+
+def look(name: str, base: str, folder: Path, layers: Mapping[str, tuple[int, int]]) -> Source:
+    """Check everything of an adapter but its numbers. `layers`: (outputs, inputs) of the base model's linear layers.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        Conflict: `adapter_mismatch`, its tensors or its base model do not fit.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    trained_on = config.get("base_model_name_or_path")
+    if trained_on != base:
+        raise Conflict("adapter_mismatch", f"Adapter {name} was trained on {trained_on}, not on {base}.")
+    if config.get("peft_type") != "LORA":
+        raise Conflict(
+            "adapter_mismatch", f"Adapter {name} is of the kind {config.get('peft_type')}, not LORA."
+        )
+    shapes = _shapes(name, folder)
+    apart = not layers or any(config.get(kind) for kind in _APART)
+    apart |= any(_place(key)[0].endswith(_ENDS) for key in shapes)
+    if not apart:
+        _check(name, base, shapes, layers)
+    digest = hashlib.sha256()
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        with (folder / file).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    size = sum(torch.Size(shape).numel() for shape in shapes.values()) * torch.float32.itemsize
+    return Source(name, base, folder, digest.hexdigest(), apart, size)
+
+
+def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
+    """An adapter that was looked at, in memory; its scale is multiplied into B."""
+    config = json.loads((source.folder / "adapter_config.json").read_text())
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    with safe_open(source.folder / "adapter_model.safetensors", "pt", device=str(device)) as file:
+        for key in file.keys():  # noqa: SIM118 - it is no dict
+            layer, kind = _place(key)
+            found.setdefault(layer, {})[kind] = file.get_tensor(key)
+    pairs = {}
+    for layer, parts in found.items():
+        a, b = parts["lora_A"].to(dtype), parts["lora_B"].to(torch.float32)
+        pairs[layer] = Pair(a, (b * _scale(config, layer, len(a))).to(dtype))
+    return Adapter(source.digest, pairs)
+
+
+def _shapes(name: str, folder: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - it is no dict
+    except SafetensorError as error:
+        raise Conflict(
+            "adapter_mismatch", f"The weights of adapter {name} cannot be read: {error}."
+        ) from error
+
+
+def _check(
+    name: str, base: str, shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, tuple[int, int]]
+) -> None:
+    """Every tensor has a place and every place that has one tensor has both: an adapter that does nothing is an error."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        layer, kind = _place(key)
+        if kind not in _KINDS or layer not in layers:
+            raise _misfit(name, base, f"there is no place for its tensor {key}")
+        found.setdefault(layer, {})[kind] = shape
+    if not found:
+        raise _misfit(name, base, "it has no tensors")
+    for layer, parts in found.items():
+        outputs, inputs = layers[layer]
+        if len(parts) < len(_KINDS):
+            raise _misfit(name, base, f"one of the two tensors of {layer} is missing")
+        a, b = parts["lora_A"], parts["lora_B"]
+        if a[1:] != (inputs,) or b != (outputs, *a[:1]):
+            raise _misfit(name, base, f"{layer} takes {inputs} to {outputs}, its tensors are {a} and {b}")
+
+
+def _misfit(name: str, base: str, why: str) -> Conflict:
+    return Conflict("adapter_mismatch", f"Adapter {name} does not fit {base}: {why}.")
+
+
+def _place(key: str) -> tuple[str, str]:
+    """The layer and the kind of a tensor by its name."""
+    layer, _, kind = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+    return layer, kind
+
+
+def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """As peft: the first pattern that ends like the layer's name gives its alpha."""
+    patterns = config.get("alpha_pattern") or {}
+    found = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    alpha = next(found, config["lora_alpha"])
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+@dataclass
+class _Place:
+    """One adapter that is in memory, or on its way there."""
+
+    reading: Future[Adapter]
+    bytes: int
+    users: int = field(default=0)
+
+
+class Adapters:
+    """Those in memory, by their content; the ones that nobody uses and nobody used for longest make room."""
+
+    def __init__(
+        self, budget: int, read_one: Callable[[Source], Adapter], arrived: Callable[[], None]
+    ) -> None:
+        """`budget`: bytes; `arrived` is called, in another thread, when an adapter was read."""
+        self._room, self._read, self._arrived = budget, read_one, arrived
+        self._places: OrderedDict[str, _Place] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, "adapters")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def take(self, source: Source) -> Adapter | None:
+        """The adapter, kept until it is given back; None while it is being read or all room is in use.
+
+        Raises:
+            Exception: what reading it failed with; the next one who takes it tries again.
+        """
+        place = self._places.get(source.digest)
+        if place is None:
+            if self._make_room(source.bytes):
+                self._begin(source)
+            return None
+        if not place.reading.done():
+            return None
+        if place.reading.exception() is not None:
+            self._drop(source.digest)
+        adapter = place.reading.result()
+        self._places.move_to_end(source.digest)
+        place.users += 1
+        return adapter
+
+    def give_back(self, source: Source) -> None:
+        self._places[source.digest].users -= 1
+
+    def clear(self) -> None:
+        """Forget all of them; nobody may be using one."""
+        for digest, place in list(self._places.items()):
+            place.reading.cancel()
+            self._drop(digest)
+
+    def _begin(self, source: Source) -> None:
+        self._room -= source.bytes
+        reading = self._thread.submit(self._read, source)
+        self._places[source.digest] = _Place(reading, source.bytes)
+        reading.add_done_callback(lambda _: self._arrived())
+
+    def _make_room(self, size: int) -> bool:
+        idle = [digest for digest, place in self._places.items() if not place.users and place.reading.done()]
+        for digest in idle:
+            if self._room >= size:
+                break
+            self._drop(digest)
+        # One that is larger than the whole budget is served alone.
+        return self._room >= size or not self._places
+
+    def _drop(self, digest: str) -> None:
+        self._room += self._places.pop(digest).bytes

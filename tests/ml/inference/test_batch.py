@@ -1,0 +1,158 @@
+"""What is read in batches is what a request alone is answered, token for token, in every architecture that is allowed."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from core.ml.inference.answering import Answering, Request
+from core.ml.inference.batch.lora import linear_layers
+from core.ml.inference.batch.model import ARCHITECTURES, Batched, supported
+from core.ml.inference.sampling import Sampling
+from core.ml.inference.scheduler import Scheduler
+from core.ml.inference.store import adapters
+from core.ml.inference.store.adapters import Adapters, Source
+from core.ml.inference.store.prefixes import Prefixes
+from core.ml.inference.text import TextStream
+from tests import tiny
+from tests.ml.inference import strong
+
+LENGTHS = (1, 5, 31, 32, 33, 70)
+NEW = 16
+END = 319
+KINDS = [{"r": 4}, {"r": 8, "use_rslora": True}, {"r": 12, "alpha_pattern": {"q_proj": 64, "o_proj": 8}}]
+
+
+class Case:
+    """A model, three adapters, prompts, and what each of the four says to each prompt alone."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.base = strong.model(folder / "base", strong.CONFIGURATIONS[kind])
+        self.prompts = [strong.prompt(length) for length in LENGTHS]
+        folders = [
+            strong.adapter(folder / f"a{number}", self.base, number, **settings)
+            for number, settings in enumerate(KINDS)
+        ]
+        layers = linear_layers(strong.loaded(self.base))
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        self.sources = [None, *(adapters.look(one.name, tiny.NAME, one, shapes) for one in folders)]
+        self.alone = {
+            (who, place): strong.alone(model, asked, NEW, [END])
+            for who, model in enumerate(
+                [strong.loaded(self.base), *(strong.loaded(self.base, one) for one in folders)]
+            )
+            for place, asked in enumerate(self.prompts)
+        }
+
+    def scheduler(self, step_tokens: int, room: int = 400, prefix_bytes: int = 0) -> Scheduler:
+        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
+
+        def read(source: Source) -> adapters.Adapter:
+            return adapters.read(source, torch.device("cpu"), torch.float32)
+
+        kept = Adapters(2**30, read, lambda: None)
+        return Scheduler(
+            Batched(model), kept, Prefixes(prefix_bytes), room=room, running=32, step_tokens=step_tokens
+        )
+
+    def ask(self, who: int, place: int, count: int = NEW) -> Answering:
+        request = Request(
+            tiny.NAME, self.sources[who], self.prompts[place], Sampling(count), deadline=float("inf")
+        )
+        text = TextStream(tiny.tokenizer(), [])
+        return Answering(request, frozenset([END]), text, lambda _told: None, lambda: False)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def finish(scheduler: Scheduler, waiting: list[Answering]) -> None:
+    for _ in range(10_000):
+        scheduler.admit(waiting)
+        scheduler.step()
+        if not waiting and not scheduler.running:
+            return
+    raise AssertionError("it does not end")
+
+
+@pytest.mark.parametrize("kind", strong.CONFIGURATIONS)
+def test_mixed_answers_are_those_of_a_request_alone(kind: str, tmp_path: Path) -> None:
+    case = Case(tmp_path, kind)
+    assert supported(AutoConfig.from_pretrained(case.base))
+    assert len({tuple(tokens) for tokens in case.alone.values()}) == len(case.alone)
+    for step_tokens in (1, 7, 64, 10_000):
+        scheduler = case.scheduler(step_tokens)
+        asked = {key: case.ask(*key) for key in random.Random(step_tokens).sample(sorted(case.alone), 24)}
+        finish(scheduler, list(asked.values()))
+        assert {key: one.new for key, one in asked.items()} == case.alone
+        assert scheduler.free == scheduler.room
+
+
+def test_every_allowed_architecture_is_compared() -> None:
+    built = {
+        AutoModelForCausalLM.from_config(one).__class__.__name__ for one in strong.CONFIGURATIONS.values()
+    }
+    assert built == ARCHITECTURES
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_of_a_step_are_not_batched(kind: str) -> None:
+    config = LlamaConfig(architectures=["LlamaForCausalLM"])
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    assert not supported(config)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_one_to_four_adapters_in_a_step(llama: Case, count: int) -> None:
+    """From three on they are multiplied together."""
+    scheduler = llama.scheduler(10_000, room=10_000)
+    asked = {(who, place): llama.ask(who, place) for who in range(count) for place in range(3)}
+    finish(scheduler, list(asked.values()))
+    assert {key: one.new for key, one in asked.items()} == {key: llama.alone[key] for key in asked}
+
+
+def test_answers_come_and_go_at_any_step(llama: Case) -> None:
+    numbers = random.Random(3)
+    scheduler = llama.scheduler(24)
+    asked = {key: llama.ask(*key) for key in llama.alone}
+    gone = set(numbers.sample(sorted(asked), 6))
+    waiting: list[Answering] = []
+    left = list(asked.items())
+    numbers.shuffle(left)
+    while left or waiting or scheduler.running:
+        if left and numbers.random() < 0.4:
+            waiting.append(left.pop()[1])
+        for key in gone:
+            if len(asked[key].new) >= 3:
+                asked[key].cancelled = lambda: True
+        scheduler.admit(waiting)
+        scheduler.step()
+    for key, one in asked.items():
+        assert one.new == (llama.alone[key][: len(one.new)] if key in gone else llama.alone[key])
+    assert all(len(asked[key].new) < NEW for key in gone)
+    assert scheduler.free == scheduler.room
+
+
+def test_what_is_known_of_a_prompt_changes_no_token(llama: Case) -> None:
+    for budget in (2**16, 2**24):
+        scheduler = llama.scheduler(24, prefix_bytes=budget)
+        for _ in range(2):
+            asked = {key: llama.ask(*key) for key in llama.alone}
+            finish(scheduler, list(asked.values()))
+            assert {key: one.new for key, one in asked.items()} == llama.alone
+    # The second time: two blocks of 70 tokens, one of 33; of 32 the last token has to be read.
+    assert [asked[0, place].cached for place in range(len(LENGTHS))] == [0, 0, 0, 0, 32, 64]
+
+
+def test_the_model_is_given_back_as_it_was(llama: Case) -> None:
+    model = strong.loaded(llama.base)
+    before = strong.alone(model, llama.prompts[3], NEW, [END])
+    names = [name for name, _ in model.named_modules()]
+    batched = Batched(model)
+    batched.close()
+    assert [name for name, _ in model.named_modules()] == names
+    assert strong.alone(model, llama.prompts[3], NEW, [END]) == before

@@ -1,0 +1,389 @@
+"""The engine as its callers know it: many at once, each with its own answer, and no fault reaches a neighbour."""
+
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig
+
+from core.errors import BadRequest, Conflict, GraftError, NotFound
+from core.ml.catalogue import Catalogue
+from core.ml.inference.engine import Engine, Limits
+from core.ml.inference.sampling import Sampling
+from tests import tiny
+from tests.ml.inference import strong
+from tests.ml.inference.asking import Heard, ask, asked
+from tests.ml.inference.conftest import MakeEngine
+
+PROMPT = strong.prompt(20)
+LONG = Sampling(300, stop_token_ids=())
+NEVER = {2: -100.0}
+
+
+def greedy(base: Path, folder: Path | None = None, prompt: list[int] = PROMPT, count: int = 12) -> list[int]:
+    return strong.alone(strong.loaded(base, folder), prompt, count, [2])
+
+
+def test_eight_adapters_and_the_base_at_once(engine: Engine, base: Path, adapters: list[Path]) -> None:
+    wanted = {tiny.NAME: greedy(base)}
+    for number, folder in enumerate(adapters):
+        engine.register(f"ad_{number}", tiny.NAME, folder)
+        wanted[f"ad_{number}"] = greedy(base, folder)
+    assert len({tuple(tokens) for tokens in wanted.values()}) == 9
+    heard = {name: ask(engine, name, PROMPT, Sampling(12)) for name in wanted}
+    assert {name: one.wait().tokens for name, one in heard.items()} == wanted
+    for name, one in heard.items():
+        assert one.finish is not None
+        assert one.finish.reason == ("stop" if wanted[name][-1] == 2 else "length")
+        assert one.finish.tokens == len(wanted[name])
+        assert one.finish.path == "batch"
+
+
+def test_more_adapters_than_room(make_engine: MakeEngine, base: Path, adapters: list[Path]) -> None:
+    one = 4 * sum(tensor.numel() for tensor in load_file(adapters[0] / "adapter_model.safetensors").values())
+    engine = make_engine(Limits(adapter_bytes=int(2.8 * one)))
+    for number, folder in enumerate(adapters):
+        engine.register(f"ad_{number}", tiny.NAME, folder)
+    wanted = [greedy(base, folder) for folder in adapters]
+    for _ in range(2):
+        heard = [ask(engine, f"ad_{number}", PROMPT, Sampling(12)) for number in range(8)]
+        assert [one.wait().tokens for one in heard] == wanted
+    assert engine.state()["adapters"] <= 2
+
+
+def test_a_seed_says_the_same_alone_and_among_others(engine: Engine, adapters: list[Path]) -> None:
+    for number, folder in enumerate(adapters):
+        engine.register(f"ad_{number}", tiny.NAME, folder)
+    warm = Sampling(30, temperature=1.2, top_p=0.9, seed=7, frequency_penalty=0.5)
+    alone = ask(engine, "ad_1", PROMPT, warm).wait().tokens
+    others = [ask(engine, f"ad_{number}", strong.prompt(30, number), LONG) for number in range(8)]
+    among = ask(engine, "ad_1", PROMPT, warm)
+    assert among.wait().tokens == alone
+    for one in others:
+        one.wait()
+
+
+def test_n_answers_share_the_reading_of_the_prompt(engine: Engine) -> None:
+    prompt = strong.prompt(200)
+    heard = asked(engine, tiny.NAME, prompt, [Sampling(8, temperature=1.5, seed=seed) for seed in range(4)])
+    texts = {tuple(one.wait().tokens) for one in heard}
+    assert len(texts) == 4
+    assert [one.finish.cached for one in heard if one.finish] == [0, 192, 192, 192]
+
+
+def test_what_is_known_of_a_prompt_is_not_shared_between_projects_and_adapters(
+    engine: Engine, adapters: list[Path]
+) -> None:
+    engine.register("ad", tiny.NAME, adapters[0])
+    prompt = strong.prompt(100)
+
+    def cached(name: str, salt: str) -> int:
+        heard = ask(engine, name, prompt, Sampling(2), salt=salt).wait()
+        assert heard.finish is not None
+        return heard.finish.cached
+
+    asked_of = [(tiny.NAME, "one"), (tiny.NAME, "two"), ("ad", "one")]
+    assert [cached(*one) for one in asked_of] == [0, 0, 0]
+    assert [cached(*one) for one in asked_of] == [96, 96, 96]
+
+
+def test_a_name_with_new_weights_answers_by_them_and_the_old_answer_goes_on(
+    engine: Engine, base: Path, adapters: list[Path]
+) -> None:
+    engine.register("mine", tiny.NAME, adapters[0])
+    old = ask(engine, "mine", PROMPT, Sampling(40, logit_bias=NEVER))
+    assert old.first.wait(30)
+    engine.register("mine", tiny.NAME, adapters[1])
+    assert ask(engine, "mine", PROMPT, Sampling(12)).wait().tokens == greedy(base, adapters[1])
+    engine.register("mine", tiny.NAME, adapters[0])
+    again = ask(engine, "mine", PROMPT, Sampling(40, logit_bias=NEVER)).wait()
+    assert old.wait().tokens == again.tokens
+
+
+def damaged(folder: Path, good: Path, how: str) -> Path:
+    shutil.copytree(good, folder)
+    file = folder / "adapter_model.safetensors"
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-1000])
+        return folder
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    if how == "missing":
+        del tensors[name]
+    elif how == "foreign":
+        tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = tensors[name].clone()
+    elif how == "shape":
+        tensors[name] = torch.zeros(3, 5)
+    save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["cut", "missing", "foreign", "shape"])
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_no_trace(
+    engine: Engine, base: Path, adapters: list[Path], tmp_path: Path, how: str
+) -> None:
+    with pytest.raises(Conflict):
+        engine.register("bad", tiny.NAME, damaged(tmp_path / "bad", adapters[0], how))
+    assert not engine.knows("bad")
+    assert ask(engine, tiny.NAME, PROMPT, Sampling(12)).wait().tokens == greedy(base)
+
+
+def test_files_that_vanish_fail_their_own_request(
+    engine: Engine, adapters: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "gone"
+    shutil.copytree(adapters[0], folder)
+    engine.register("gone", tiny.NAME, folder)
+    neighbour = ask(engine, tiny.NAME, PROMPT, LONG)
+    shutil.rmtree(folder)
+    with pytest.raises(GraftError) as caught:
+        ask(engine, "gone", PROMPT, Sampling(5)).wait()
+    assert caught.value.code == "engine_error"
+    assert neighbour.wait().finish is not None
+    shutil.copytree(adapters[0], folder)
+    assert ask(engine, "gone", PROMPT, Sampling(5)).wait().tokens
+
+
+def test_bases_take_turns(engine: Engine, models: Catalogue, base: Path, adapters: list[Path]) -> None:
+    other = Path(models.own["tests/other"])
+    engine.register("ad", tiny.NAME, adapters[0])
+    names = [tiny.NAME, "tests/other", "ad", "tests/other"]
+    wanted = [greedy(base), greedy(other), greedy(base, adapters[0]), greedy(other)]
+    heard = [ask(engine, name, PROMPT, Sampling(12)) for name in names]
+    assert [one.wait().tokens for one in heard] == wanted
+
+
+def test_a_cancelled_answer_leaves_and_its_room_is_free(engine: Engine) -> None:
+    gone = threading.Event()
+    one = ask(engine, tiny.NAME, PROMPT, Sampling(400, logit_bias=NEVER), cancelled=gone.is_set)
+    assert one.first.wait(30)
+    gone.set()
+    assert reason(one) == "cancelled"
+    assert one.finish is not None
+    assert one.finish.tokens < 400
+    assert idle(engine)
+    scheduler = engine._scheduler
+    assert scheduler is not None
+    assert scheduler.free == scheduler.room
+
+
+def reason(heard: Heard) -> str:
+    finish = heard.wait().finish
+    assert finish is not None
+    return finish.reason
+
+
+def idle(engine: Engine) -> bool:
+    for _ in range(1_000):
+        state = engine.state()
+        if not state["running"] and not state["waiting"]:
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def test_an_answer_has_a_deadline_also_in_the_queue(make_engine: MakeEngine) -> None:
+    engine = make_engine(Limits(running=1, answer_seconds=0.3))
+    heard = [ask(engine, tiny.NAME, PROMPT, Sampling(1000, logit_bias=NEVER)) for _ in range(3)]
+    for one in heard:
+        with pytest.raises(GraftError) as caught:
+            one.wait()
+        assert (caught.value.code, caught.value.status) == ("deadline_exceeded", 504)
+
+
+def test_more_than_may_wait_are_refused(make_engine: MakeEngine) -> None:
+    engine = make_engine(Limits(running=1, waiting=2))
+    gone = threading.Event()
+    heard = [ask(engine, tiny.NAME, PROMPT, Sampling(900, logit_bias=NEVER), cancelled=gone.is_set)]
+    assert heard[0].first.wait(30)
+    heard += [ask(engine, tiny.NAME, PROMPT, Sampling(3), cancelled=gone.is_set) for _ in range(2)]
+    with pytest.raises(GraftError) as caught:
+        ask(engine, tiny.NAME, PROMPT, Sampling(3))
+    assert (caught.value.code, caught.value.status) == ("engine_full", 429)
+    gone.set()
+    assert [reason(one) for one in heard] == ["cancelled"] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling"),
+    [
+        ([], Sampling(4)),
+        ([-1], Sampling(4)),
+        ([320], Sampling(4)),
+        ([5] * 1025, Sampling(4)),
+        ([5] * 1020, Sampling(5)),
+        ([5], Sampling(4, logit_bias={320: 1.0})),
+    ],
+)
+def test_what_it_cannot_read_is_refused(engine: Engine, prompt: list[int], sampling: Sampling) -> None:
+    with pytest.raises(BadRequest):
+        ask(engine, tiny.NAME, prompt, sampling)
+    assert ask(engine, tiny.NAME, PROMPT, Sampling(3)).wait().text is not None
+
+
+def test_more_than_there_is_memory_for_is_refused(make_engine: MakeEngine) -> None:
+    engine = make_engine(Limits(cache_bytes=100 * 2 * 2 * 2 * 16 * 4))
+    with pytest.raises(BadRequest, match="60 prompt tokens and 60 new ones are more than the 100"):
+        ask(engine, tiny.NAME, strong.prompt(60), Sampling(60)).wait()
+    assert ask(engine, tiny.NAME, strong.prompt(60), Sampling(40)).wait().finish is not None
+
+
+def test_an_unknown_name(engine: Engine) -> None:
+    assert not engine.knows("ad_unknown")
+    with pytest.raises(NotFound):
+        ask(engine, "ad_unknown", PROMPT, Sampling(3))
+
+
+@pytest.mark.parametrize("at", [(0, 1), (0, 2), (2, 4), (3, 4)])
+def test_nothing_is_written_past_a_stop_string(engine: Engine, at: tuple[int, int]) -> None:
+    hot = {"temperature": 1.5, "seed": 11, "max_tokens": 30}
+    whole = ask(engine, tiny.NAME, PROMPT, Sampling(**hot)).wait().text
+    stop = whole[at[0] : at[1]]
+    heard = ask(engine, tiny.NAME, PROMPT, Sampling(stop=(stop,), **hot)).wait()
+    assert heard.text == whole[: whole.index(stop)]
+    assert heard.finish is not None
+    assert heard.finish.reason == "stop"
+    assert heard.finish.tokens < 30
+
+
+def broken_for(engine: Engine, token: int, error: Exception) -> None:
+    """The model fails on every step that reads this token."""
+    assert idle(engine)
+    scheduler = engine._scheduler
+    assert scheduler is not None
+    read = scheduler.model.read
+
+    def reads(rows: Any) -> torch.Tensor:
+        if any(token in row.tokens for row in rows):
+            raise error
+        return read(rows)
+
+    scheduler.model.read = reads  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a kernel"), torch.OutOfMemoryError("too much")])
+def test_a_step_that_fails_ends_the_one_it_fails_for(engine: Engine, base: Path, error: Exception) -> None:
+    wanted = greedy(base)
+    ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
+    broken_for(engine, 300, error)
+    prompt = [token for token in PROMPT if token != 300]
+    wanted = greedy(base, prompt=prompt)
+    good = [ask(engine, tiny.NAME, prompt, Sampling(12, logit_bias={300: -100.0})) for _ in range(3)]
+    bad = ask(engine, tiny.NAME, [*prompt, 300], Sampling(12))
+    with pytest.raises(GraftError) as caught:
+        bad.wait()
+    assert (caught.value.code, caught.value.status) == ("engine_error", 502)
+    if 300 not in wanted:
+        assert [one.wait().tokens for one in good] == [wanted] * 3
+    assert idle(engine)
+
+
+def test_numbers_that_are_none_fail_their_own_request(engine: Engine) -> None:
+    ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
+    assert idle(engine)
+    scheduler = engine._scheduler
+    assert scheduler is not None
+    read = scheduler.model.read
+
+    def reads(rows: Any) -> torch.Tensor:
+        logits = read(rows).clone()
+        answered = [row for row in rows if row.answered]
+        for place, row in enumerate(answered):
+            if row.cache.tensor.shape[3] == 77:
+                logits[place] = torch.nan
+        return logits
+
+    scheduler.model.read = reads  # type: ignore[method-assign]
+    good = ask(engine, tiny.NAME, PROMPT, Sampling(12))
+    with pytest.raises(GraftError, match="no numbers"):
+        ask(engine, tiny.NAME, strong.prompt(70), Sampling(7)).wait()
+    assert good.wait().finish is not None
+    again = ask(engine, tiny.NAME, strong.prompt(70), Sampling(8)).wait()
+    assert again.finish is not None
+    assert again.finish.cached == 0
+
+
+def test_an_engine_that_can_do_nothing_more_says_so(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
+    broken_for(engine, PROMPT[-1], RuntimeError("the device fell off"))
+    for _ in range(3):
+        with pytest.raises(GraftError):
+            ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
+    engine._thread.join(10)
+    assert engine.broken == "EngineBroken: the device fell off"
+    with pytest.raises(GraftError) as caught:
+        ask(engine, tiny.NAME, PROMPT, Sampling(2))
+    assert (caught.value.code, caught.value.status) == ("engine_unavailable", 503)
+
+
+def test_asleep_it_holds_nothing_and_wakes_by_itself(
+    engine: Engine, base: Path, adapters: list[Path]
+) -> None:
+    engine.register("ad", tiny.NAME, adapters[0])
+    first = ask(engine, "ad", PROMPT, Sampling(12)).wait().tokens
+    engine.sleep()
+    assert engine.state() == {"base_model": None, "running": 0, "waiting": 0, "adapters": 0}
+    assert ask(engine, "ad", PROMPT, Sampling(12)).wait().tokens == first == greedy(base, adapters[0])
+
+
+def test_idle_it_gives_its_memory_back(make_engine: MakeEngine) -> None:
+    engine = make_engine(Limits(idle_seconds=0.2))
+    ask(engine, tiny.NAME, PROMPT, Sampling(3)).wait()
+    for _ in range(100):
+        if engine.state()["base_model"] is None:
+            break
+        time.sleep(0.05)
+    assert engine.state()["base_model"] is None
+    assert ask(engine, tiny.NAME, PROMPT, Sampling(3)).wait().tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ],
+    ids=["dora", "modules_to_save", "head", "embedding"],
+)
+def test_other_adapters_are_served_one_at_a_time(
+    engine: Engine, base: Path, adapters: list[Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = strong.adapter(tmp_path / "ad", base, 3, **settings)
+    engine.register("other", tiny.NAME, folder)
+    engine.register("ad", tiny.NAME, adapters[0])
+    names = [tiny.NAME, "other", "ad", "other", tiny.NAME]
+    wanted = {tiny.NAME: greedy(base), "ad": greedy(base, adapters[0]), "other": greedy(base, folder)}
+    assert len({tuple(tokens) for tokens in wanted.values()}) == 3
+    heard = [ask(engine, name, PROMPT, Sampling(12)) for name in names]
+    assert [one.wait().tokens for one in heard] == [wanted[name] for name in names]
+    paths = [one.finish.path for one in heard if one.finish]
+    assert paths == ["batch", "compat", "batch", "compat", "batch"]
+
+
+def test_an_architecture_that_is_not_allowed_is_served_one_at_a_time(
+    make_engine: MakeEngine, models: Catalogue, tmp_path: Path
+) -> None:
+    config = GPTNeoXConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    base = strong.model(tmp_path / "neox", config)
+    folder = strong.adapter(tmp_path / "ad", base, 1, "tests/neox", target_modules=["query_key_value"])
+    engine = make_engine(catalogue=Catalogue(models.folder, {"tests/neox": str(base)}, allow_hub=False))
+    engine.register("ad", "tests/neox", folder)
+    gone = threading.Event()
+    heard = [ask(engine, "tests/neox", PROMPT, Sampling(12)), ask(engine, "ad", PROMPT, Sampling(12))]
+    assert [one.wait().tokens for one in heard] == [greedy(base), greedy(base, folder)]
+    assert all(one.finish.path == "compat" for one in heard if one.finish)
+    long = ask(engine, "ad", PROMPT, Sampling(400, logit_bias=NEVER), cancelled=gone.is_set)
+    assert long.first.wait(30)
+    gone.set()
+    assert reason(long) == "cancelled"
+    assert len(long.tokens) < 400

@@ -1,0 +1,218 @@
+"""The inference server: OpenAI completions and runtime LoRA loading around the engine.
+
+It is spoken to by the API alone: on loopback or a private network, with a key of its own. The wire
+is vLLM's, so that vLLM can stand in its place.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from ulid import ULID
+
+from core import log
+from core.errors import BadRequest, GraftError, NotFound
+from core.ml import base_model
+from core.ml.catalogue import Catalogue
+from core.ml.inference.answering import Finish, Piece
+from core.ml.inference.engine import Engine, Limits
+from core.ml.quantization import Quantization
+from core.settings import Settings, load
+from core.storage import Storage
+from worker.inference import wire
+from worker.inference.schemas import Completion, LoadAdapter
+
+# How often it is asked whether the client still listens.
+_LOOK_SECONDS = 0.25
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Server:
+    """The engine, and where adapters come from."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.engine = Engine(
+            Catalogue(settings.models_folder, settings.models, settings.allow_hub),
+            base_model.settle(Quantization(bits=4 if settings.engine_bits == 4 else 16)),
+            Limits(
+                adapter_bytes=settings.engine_adapter_bytes,
+                prefix_bytes=settings.engine_prefix_bytes,
+                cache_bytes=settings.engine_cache_bytes,
+                running=settings.engine_running,
+                waiting=settings.engine_waiting,
+                answer_seconds=settings.engine_answer_seconds,
+                idle_seconds=settings.engine_idle_seconds,
+            ),
+            # Whoever started this process starts it anew.
+            broke=lambda: os.kill(os.getpid(), signal.SIGTERM),
+        )
+        self.storage = Storage(settings.storage, s3_endpoint_url=settings.s3_endpoint_url)
+
+    def folder(self, path: str, name: str) -> Path:
+        """The adapter's files on this machine; only what lies in the storage is loaded."""
+        root = self.storage.url.rstrip("/") + "/"
+        key = path.removeprefix(root)
+        if key == path or ".." in key.split("/"):
+            raise BadRequest("invalid_lora_path", "lora_path does not lie in the storage.", status=400)
+        if (local := self.storage.local(key)) is not None:
+            return local
+        folder = self.settings.home / "cache" / "adapters" / hashlib.sha256(name.encode()).hexdigest()[:32]
+        if not folder.is_dir():
+            part = folder.with_name(f"{folder.name}.{ULID()}.part")
+            for file in _FILES:
+                self.storage.get(f"{key}/{file}", part / file)
+            with contextlib.suppress(OSError):  # another request was faster
+                part.rename(folder)
+        return folder
+
+
+def create_app() -> FastAPI:
+    settings = load()
+    log.setup(settings.log_level)
+    app = FastAPI(title="Graft inference", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.server = Server(settings)
+    app.add_exception_handler(GraftError, _error)
+    app.include_router(router)
+    app.add_api_route("/health", _health)
+    return app
+
+
+async def _health(request: Request, response: Response) -> dict[str, Any]:
+    engine = request.app.state.server.engine
+    if engine.broken is not None:
+        response.status_code = 503
+        return {"status": "broken", "error": engine.broken}
+    return {"status": "ok", **engine.state()}
+
+
+def _server(request: Request) -> Server:
+    """The server, for callers that know its key."""
+    server = request.app.state.server
+    assert isinstance(server, Server)
+    key = server.settings.engine_key
+    given = request.headers.get("authorization", "").encode()
+    if key is not None and not hmac.compare_digest(given, f"Bearer {key.get_secret_value()}".encode()):
+        raise GraftError("invalid_key", "This is the inside of Graft; use its API.", status=401)
+    return server
+
+
+ServerDep = Annotated[Server, Depends(_server)]
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/load_lora_adapter")
+def load_adapter(body: LoadAdapter, server: ServerDep) -> dict[str, str]:
+    try:
+        folder = server.folder(body.lora_path, body.lora_name)
+        server.engine.register(body.lora_name, body.base_model_name, folder)
+    except FileNotFoundError as error:
+        raise NotFound(
+            "adapter_missing", f"The files of adapter {body.lora_name} are not in the storage."
+        ) from error
+    return {"status": "ok"}
+
+
+@router.post("/completions", response_model=None)
+async def completions(
+    body: Completion, request: Request, server: ServerDep
+) -> dict[str, Any] | StreamingResponse:
+    if not await run_in_threadpool(server.engine.knows, body.model):
+        raise NotFound("model_not_found", f"The model {body.model} is not loaded.")
+    told = _told(server.engine, body, request)
+    if body.stream:
+        first = await anext(told)  # what is wrong with the request shows before the answer begins
+        return StreamingResponse(_chunks(body, first, told), media_type="text/event-stream")
+    outputs = [wire.Output() for _ in range(body.n)]
+    async for index, item in told:
+        outputs[index].add(item)
+    choices = [output.choice(index, body) for index, output in enumerate(outputs)]
+    ends = [output.finish for output in outputs if output.finish is not None]
+    return {**wire.head(body), "choices": choices, "usage": wire.usage(body, ends), "served_by": ends[0].path}
+
+
+async def _told(
+    engine: Engine, body: Completion, request: Request
+) -> AsyncGenerator[tuple[int, Piece | Finish], None]:
+    """What the engine tells of the outputs, by their number; leaving it, or hanging up, cancels them all.
+
+    Raises:
+        GraftError: what was wrong with the request, or went wrong with one of its outputs.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[tuple[int, Piece | Finish | GraftError]] = asyncio.Queue()
+    gone = threading.Event()
+
+    def tell(index: int, item: Piece | Finish | GraftError) -> None:
+        with contextlib.suppress(RuntimeError):  # the server has stopped
+            loop.call_soon_threadsafe(queue.put_nowait, (index, item))
+
+    await run_in_threadpool(
+        engine.submit, body.model, body.prompt, body.sampling(), tell, gone.is_set, body.cache_salt
+    )
+    unfinished, looked = body.n, time.monotonic()
+    try:
+        while unfinished:
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                looked = time.monotonic()
+                if await request.is_disconnected():
+                    gone.set()
+            try:
+                index, item = await asyncio.wait_for(queue.get(), _LOOK_SECONDS)
+            except TimeoutError:
+                continue
+            if isinstance(item, GraftError):
+                raise item
+            unfinished -= isinstance(item, Finish)
+            yield index, item
+    finally:
+        gone.set()
+
+
+async def _chunks(
+    body: Completion,
+    first: tuple[int, Piece | Finish],
+    rest: AsyncGenerator[tuple[int, Piece | Finish], None],
+) -> AsyncIterator[str]:
+    head = wire.head(body)
+    ends: list[Finish] = []
+    try:
+        async with contextlib.aclosing(rest):
+            index, item = first
+            while True:
+                if isinstance(item, Finish):
+                    ends.append(item)
+                    choice = wire.choice(index, "", [], item.reason, body)
+                else:
+                    choice = wire.choice(index, item.text, item.choices, None, body)
+                yield wire.event({**head, "choices": [choice], "usage": None})
+                if len(ends) == body.n:
+                    break
+                index, item = await anext(rest)
+        if (body.stream_options or {}).get("include_usage"):
+            usage = {"usage": wire.usage(body, ends), "served_by": ends[0].path}
+            yield wire.event({**head, "choices": [], **usage})
+    except GraftError as error:
+        yield wire.event({"error": {"message": error.message, "code": error.code}})
+    yield "data: [DONE]\n\n"
+
+
+def _error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, GraftError)
+    headers = {"retry-after": "5"} if error.status in (429, 503) else {}
+    return JSONResponse(
+        {"error": {"message": error.message, "type": "invalid_request_error", "code": error.code}},
+        error.status,
+        headers,
+    )

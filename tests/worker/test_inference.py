@@ -1,0 +1,201 @@
+"""The inference server on its wire, over real sockets."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from tests import tiny
+from tests.ml.inference import strong
+from worker.inference.main import create_app
+
+KEY = "engine-key"
+PROMPT = strong.prompt(20)
+NEVER = {"2": -100}
+
+
+class Server:
+    def __init__(self, url: str, app: Any, storage: Path) -> None:
+        self.url, self.engine, self.storage = url, app.state.server.engine, storage
+        self.http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return self.http.post(
+            "/v1/completions", json={"model": tiny.NAME, "prompt": PROMPT, "temperature": 0, **body}
+        )
+
+    def answer(self, **body: Any) -> dict[str, Any]:
+        response = self.complete(**body)
+        assert response.status_code == 200, response.text
+        found: dict[str, Any] = response.json()
+        return found
+
+    def stream(self, **body: Any) -> list[dict[str, Any]]:
+        response = self.complete(stream=True, **body)
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line[6:] for line in response.text.split("\n\n") if line]
+        assert lines[-1] == "[DONE]"
+        return [json.loads(line) for line in lines[:-1]]
+
+    def load(self, name: str, folder: Path) -> httpx.Response:
+        body = {"lora_name": name, "lora_path": str(folder), "base_model_name": tiny.NAME}
+        return self.http.post("/v1/load_lora_adapter", json=body)
+
+    def idle(self) -> bool:
+        for _ in range(150):
+            state = self.http.get("/health").json()
+            if not state["running"] and not state["waiting"]:
+                return True
+            time.sleep(0.01)
+        return False
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("engine")
+    base = strong.model(folder / "base", strong.CONFIGURATIONS["llama"])
+    for seed in range(2):
+        strong.adapter(folder / "storage" / "adapters" / str(seed), base, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAFT_HOME", str(folder / "home"))
+        patch.setenv("GRAFT_STORAGE_URL", str(folder / "storage"))
+        patch.setenv("GRAFT_MODELS", json.dumps({tiny.NAME: str(base)}))
+        patch.setenv("GRAFT_ENGINE_KEY", KEY)
+        patch.setenv("GRAFT_ENGINE_BITS", "16")
+        patch.setenv("GRAFT_ENGINE_RUNNING", "4")
+        patch.setenv("GRAFT_ENGINE_WAITING", "8")
+        app = create_app()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=served.run, daemon=True)
+    thread.start()
+    while not served.started:
+        time.sleep(0.01)
+    yield Server(f"http://127.0.0.1:{port}", app, folder / "storage" / "adapters")
+    served.should_exit = True
+    thread.join(10)
+    app.state.server.engine.close()
+
+
+def test_only_those_who_know_the_key_are_answered(server: Server) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": tiny.NAME, "prompt": PROMPT})
+    assert answer.status_code == 401
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_whole_answer_and_its_stream_are_the_same(server: Server) -> None:
+    whole = server.answer(max_tokens=12)
+    chunks = server.stream(max_tokens=12, stream_options={"include_usage": True})
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == whole["choices"][0]["text"]
+    assert chunks[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert chunks[-1]["choices"] == []
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert chunks[-1]["usage"][name] == whole["usage"][name]
+    assert chunks[-1]["served_by"] == whole["served_by"] == "batch"
+    assert {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
+
+
+def test_several_outputs_have_seeds_of_their_own(server: Server) -> None:
+    hot = {"temperature": 1.5, "seed": 4, "max_tokens": 10}
+    choices = server.answer(**hot, n=3)["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    texts = [choice["text"] for choice in choices]
+    assert len(set(texts)) == 3
+    assert server.answer(**{**hot, "seed": 5})["choices"][0]["text"] == texts[1]
+    streamed = ["", "", ""]
+    for chunk in server.stream(**hot, n=3):
+        streamed[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert streamed == texts
+
+
+def test_log_probabilities_name_tokens_by_their_ids(server: Server) -> None:
+    body = {"max_tokens": 5, "logprobs": 2, "return_tokens_as_token_ids": True}
+    found = server.answer(**body)["choices"][0]["logprobs"]
+    assert len(found["tokens"]) == len(found["token_logprobs"]) == len(found["top_logprobs"])
+    for token, logprob, top in zip(
+        found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True
+    ):
+        assert max(top, key=top.get) == token
+        assert top[token] == pytest.approx(logprob)
+    streamed = [
+        token for chunk in server.stream(**body) for token in chunk["choices"][0]["logprobs"]["tokens"]
+    ]
+    assert streamed == found["tokens"]
+    assert server.complete(logprobs=2).status_code == 422
+
+
+def test_adapters_are_loaded_by_name(server: Server) -> None:
+    assert server.complete(model="ad_0@x").status_code == 404
+    for seed in range(2):
+        assert server.load(f"ad_{seed}@x", server.storage / str(seed)).status_code == 200
+    asked = {"max_tokens": 12, "logprobs": 0, "return_tokens_as_token_ids": True}
+    told = {
+        tuple(server.answer(model=name, **asked)["choices"][0]["logprobs"]["tokens"])
+        for name in (tiny.NAME, "ad_0@x", "ad_1@x")
+    }
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize("path", ["/etc", "../../etc", "{storage}/../../../etc"])
+def test_only_what_lies_in_the_storage_is_loaded(server: Server, path: str) -> None:
+    answer = server.load("ad_bad", Path(path.format(storage=server.storage)))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_lora_path")
+    missing = server.load("ad_bad", server.storage / "none")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "adapter_missing")
+
+
+def test_a_prompt_is_known_again_under_its_salt(server: Server) -> None:
+    body = {"prompt": strong.prompt(100, seed=7), "max_tokens": 2}
+
+    def cached(salt: str) -> int:
+        details = server.answer(**body, cache_salt=salt)["usage"]["prompt_tokens_details"]
+        return int(details["cached_tokens"])
+
+    assert [cached(salt) for salt in ("a", "a", "b", "a")] == [0, 96, 0, 96]
+
+
+def test_a_wrong_request_fails_before_its_stream_begins(server: Server) -> None:
+    answer = server.complete(stream=True, prompt=[999_999])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_prompt")
+
+
+# Of eight, four at a time: written to their ends they take ten seconds.
+LONG = {
+    "n": 8,
+    "model": tiny.NAME,
+    "prompt": PROMPT,
+    "max_tokens": 1000,
+    "logit_bias": NEVER,
+    "temperature": 0,
+}
+
+
+def test_hanging_up_ends_a_stream(server: Server) -> None:
+    with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
+        next(response.iter_lines())
+        assert server.http.get("/health").json()["running"] == 4
+    assert server.idle()
+
+
+def test_hanging_up_ends_a_whole_answer(server: Server) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        server.http.post("/v1/completions", json=LONG, timeout=0.3)
+    assert server.idle()
+
+
+def test_when_it_is_full_it_says_so(server: Server) -> None:
+    with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
+        next(response.iter_lines())
+        refused = server.complete(n=5)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "engine_full")
+        assert int(refused.headers["retry-after"]) > 0
+    assert server.idle()

@@ -254,8 +254,10 @@ class Engine:
         model = catalogue.find(self._catalogue, name)
         self._model = base_model.load(model, self._precision).eval()
         for layer in self._model.modules():
-            # The fused CPU kernel needs rows in blocks of 32 and fails on others.
-            if isinstance(layer, Linear4bit) and layer.out_features % 32:
+            # The fused CPU kernel fails on other shapes.
+            if isinstance(layer, Linear4bit) and (
+                layer.out_features % 32 or layer.in_features % layer.weight.quant_state.blocksize
+            ):
                 layer.support_avx512bf16_for_cpu = False
         self._held = name
 

@@ -83,7 +83,8 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
     pairs = {}
     for layer, parts in found.items():
         a, b = parts["lora_A"].to(dtype), parts["lora_B"].to(torch.float32)
-        pairs[layer] = Pair(a, (b * _scale(config, layer, len(a))).to(dtype))
+        scaled = (b * _scale(config, layer, len(a))).to(dtype)
+        pairs[layer] = Pair(a.T.contiguous(), scaled.T.contiguous())
     return Adapter(source.digest, pairs)
 
 

@@ -14,10 +14,12 @@ import torch
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
 from core.ml.catalogue import Catalogue
-from core.ml.inference.engine import Engine, Sampling
+from core.ml.inference.engine import Engine
+from core.ml.inference.sampling import Sampling
 from core.ml.quantization import Quantization
 from core.ml.training import sft
 from tests.gpu.runs import MODEL, ROOT, catalogue_in, run
+from tests.ml.inference.asking import ask
 from worker.child import spawn
 
 pytestmark = [
@@ -67,24 +69,25 @@ def test_the_engine_answers_on_cuda_with_the_adapter(models: Catalogue, trained:
     from core.ml import prompts
 
     assert trained.adapter is not None
-    engine = Engine(models, 4)
+    engine = Engine(models, base_model.settle(Quantization()))
     engine.register("ad@1", MODEL, trained.adapter)
     contract = contracts.load(trained.adapter)
     rows = [
         json.loads(line) for line in (ROOT / "examples/text_to_sql/valid.jsonl").read_text().splitlines()[:20]
     ]
-    right = {MODEL: 0, "ad@1": 0}
+    heard = {MODEL: [], "ad@1": []}
     for row in rows:
         messages = [
             {"role": "system", "content": f"Answer with SQL.\n{row['context']}"},
             {"role": "user", "content": row["question"]},
         ]
-        for name in right:
-            pieces: list[str] = []
-            engine.generate(
-                name, prompts.encode_prompt(contract, messages), Sampling(48), pieces.append, lambda: False
-            )
-            right[name] += "".join(pieces) == row["answer"]
+        for name, answers in heard.items():
+            answers.append(ask(engine, name, prompts.encode_prompt(contract, messages), Sampling(48)))
+    right = {
+        name: sum(one.wait().text == row["answer"] for one, row in zip(answers, rows, strict=True))
+        for name, answers in heard.items()
+    }
+    engine.close()
     print(f"\nexact answers of 20: {right}")
     assert right["ad@1"] >= right[MODEL] + 10
 

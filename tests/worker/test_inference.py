@@ -49,7 +49,7 @@ class Server:
         return self.http.post("/v1/load_lora_adapter", json=body)
 
     def idle(self) -> bool:
-        for _ in range(150):
+        for _ in range(300):
             state = self.http.get("/health").json()
             if not state["running"] and not state["waiting"]:
                 return True

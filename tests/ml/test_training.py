@@ -89,18 +89,26 @@ def test_asked_to_stop_it_saves_its_step_and_leaves(make_run: Callable[..., Run]
     assert not any(kind == "done" for kind, _ in reports)
 
 
-def test_no_checkpoint_holds_a_tokenizer_or_a_pickle_of_arguments(make_run: Callable[..., Run]) -> None:
+def test_a_checkpoint_is_an_adapter_of_its_own_without_a_pickle_of_arguments(
+    make_run: Callable[..., Run],
+) -> None:
     run = make_run()
     train(run)
     folder = run.work / "checkpoints" / "checkpoint-6"
     assert {file.name for file in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "optimizer.pt",
+        "prompt_contract.json",
         "rng_state.pth",
         "scheduler.pt",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "trainer_state.json",
     }
+    for name in ("adapter_config.json", "prompt_contract.json", "tokenizer.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (run.work / "adapter" / name).read_bytes()
 
 
 def test_scoring_only_labelled_positions_changes_nothing_but_the_time(

@@ -7,6 +7,7 @@ every step whether to leave.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
@@ -91,7 +92,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
         trainer.watchdog = guard.Watchdog(report, progress, spec, run.recoveries, _line_of(rows))
         for callback in (
             progress,
-            Reporter(report, stop, progress),
+            Reporter(report, stop, progress, partial(saving.describe, contract, run.model)),
             trainer.watchdog,
             sampler,
             heap.Heap(before, planned.memory_bytes),

@@ -14,13 +14,7 @@ _ALWAYS = (WEIGHTS, "scheduler.pt", "trainer_state.json")
 _WHOLE = ("optimizer.pt",)
 _SHARDED = ("pytorch_model_fsdp.bin", "optimizer.bin")
 # Not needed to resume; training_args.bin is a pickle that can hold tokens and paths.
-_DROPPED = (
-    "training_args.bin",
-    "README.md",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+_DROPPED = ("training_args.bin", "README.md")
 
 
 def seal(folder: Path, processes: int = 1, *, sharded: bool = False) -> list[FileInfo]:

@@ -119,6 +119,11 @@ def save(
     )
     if not ranks.is_first():
         return
+    describe(contract, base, folder)
+
+
+def describe(contract: Contract, base: BaseModel, folder: Path) -> None:
+    """Write beside the weights what another program needs to serve them: their configuration and the prompt contract."""
     config_file = folder / "adapter_config.json"
     config = json.loads(config_file.read_text())
     # The name, not a path of this machine; and a set's order differs from run to run. The library spells

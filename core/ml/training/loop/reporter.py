@@ -54,8 +54,15 @@ def alive(report: Report) -> Iterator[None]:
 class Reporter(TrainerCallback):
     """Turns what the trainer does into reports, seals checkpoints, and leaves when asked to."""
 
-    def __init__(self, report: Report, stop: Callable[[], bool], progress: Progress) -> None:
-        self.report, self.stop, self.progress = report, stop, progress
+    def __init__(
+        self,
+        report: Report,
+        stop: Callable[[], bool],
+        progress: Progress,
+        describe: Callable[[Path], None],
+    ) -> None:
+        """`describe` completes a checkpoint's folder, so that its adapter can be talked to."""
+        self.report, self.stop, self.progress, self.describe = report, stop, progress, describe
         self.alive = 0.0
         self.began = time.monotonic()
         self.first_step = -1
@@ -110,6 +117,7 @@ class Reporter(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         ranks.barrier()  # each writes its random states there
         if ranks.is_first():
+            self.describe(folder)
             files = checkpoints.seal(folder, ranks.count(), sharded=self.progress.run.sharded)
             self.report("checkpoint", step=state.global_step, folder=str(folder), files=files)
 

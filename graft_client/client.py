@@ -214,6 +214,10 @@ class Client:
     def generate(self, **body: Any) -> Json:
         return self._call("POST", "/generate", json=body)
 
+    def compare(self, **body: Any) -> Json:
+        """One prompt answered by several `targets`: `base`, adapter ids, `job_…@step`."""
+        return self._call("POST", "/compare", json=body)
+
     def stream(self, **body: Any) -> Iterator[tuple[str, Json]]:
         """(event, data) of a streamed generation: `token` with text, then `done`."""
         with self._stream("POST", "/generate", json={**body, "stream": True}) as response:

@@ -11,6 +11,7 @@ TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 _COLDEST = 0.01
+_MOST_TARGETS = 16
 
 
 class Part(Request):
@@ -28,11 +29,9 @@ class Message(Request):
     tool_call_id: str | None = None
 
 
-class GenerateRequest(Request):
-    """`messages`, or `prompt` as one user turn (as plain text with `raw`)."""
+class Prompted(Request):
+    """A prompt and how to answer it: `messages`, or `prompt` as one user turn (as plain text with `raw`)."""
 
-    adapter_id: str | None = None
-    model: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=1000)
     tools: list[dict[str, Any]] | None = Field(None, max_length=128)
     prompt: str | None = None
@@ -48,11 +47,9 @@ class GenerateRequest(Request):
     logit_bias: dict[TokenId, Bias] = Field(default_factory=dict, max_length=1024)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
     seed: int | None = Field(None, ge=0, lt=2**31)
-    n: int = Field(1, ge=1, le=8)
-    stream: bool = False
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _one_prompt(self) -> Self:
         if (self.messages is None) == (self.prompt is None):
             raise ValueError("give messages or prompt")
         if 0 < self.temperature < _COLDEST:
@@ -63,11 +60,49 @@ class GenerateRequest(Request):
             raise ValueError("raw needs a prompt")
         if self.messages and self.messages[-1].role == "assistant":
             raise ValueError("the last message must not be the assistant's: it is what is to be written")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        """As an engine wants it, but for the tokens that end an answer."""
+        return {
+            "max_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": self.logit_bias,
+            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
+            "seed": self.seed,
+        }
+
+
+class GenerateRequest(Prompted):
+    """`adapter_id`: an adapter, or a checkpoint as `job_…@latest` or `job_…@step`."""
+
+    adapter_id: str | None = None
+    model: str | None = None
+    n: int = Field(1, ge=1, le=8)
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _one_answerer(self) -> Self:
         if self.adapter_id and self.model:
             raise ValueError("give adapter_id or model: an adapter knows its base model")
         if self.stream and self.n > 1:
             raise ValueError("a stream has one output: n must be 1")
         return self
+
+
+class CompareRequest(Prompted):
+    """`targets`: `base`, adapter ids, checkpoints as `job_…@step` or `@latest`, names of base models. `base` is the one
+    that the first adapter or checkpoint was trained on, or the default one."""
+
+    targets: list[Annotated[str, StringConstraints(min_length=1, max_length=200)]] = Field(
+        min_length=1, max_length=_MOST_TARGETS
+    )
 
 
 class Output(BaseModel):
@@ -85,3 +120,24 @@ class Generation(BaseModel):
     served_by: str | None
     outputs: list[Output]
     usage: dict[str, Any]
+
+
+class Compared(BaseModel):
+    """What one target answered; `error` instead where it could not, and the others are there all the same."""
+
+    target: str
+    model: str
+    adapter_id: str | None
+    text: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    served_by: str | None = None
+    usage: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+
+
+class Comparison(BaseModel):
+    """In the order of the targets."""
+
+    id: str
+    object: Literal["comparison"] = "comparison"
+    outputs: list[Compared]

@@ -129,6 +129,50 @@ def test_base_and_adapter_answer_and_the_stream_says_the_same(service: Service, 
     assert streamed[-1][1]["usage"] == adapter["usage"]
 
 
+def test_one_prompt_is_answered_side_by_side(service: Service, job: dict) -> None:
+    question = {"messages": [{"role": "user", "content": "name 3"}], "max_new_tokens": 12}
+    targets = ["base", job["adapter_id"], f"{job['id']}@6", f"{job['id']}@latest", "ad_none"]
+    with service.client() as client:
+        with pytest.raises(ApiError) as caught:
+            client.compare(**question, targets=targets)
+        assert caught.value.code == "adapter_not_found"
+        base, adapter, _, newest = client.compare(**question, targets=targets[:4])["outputs"]
+        assert base["text"] == client.generate(**question)["outputs"][0]["text"]
+        alone = client.generate(**question, adapter_id=job["adapter_id"])["outputs"][0]["text"]
+    assert adapter["text"] == newest["text"] == alone != base["text"]
+    assert newest["adapter_id"] == f"{job['id']}@8"
+
+
+def test_a_job_can_be_talked_to_while_it_trains(service: Service, job: dict) -> None:
+    body = {
+        "dataset_id": job["dataset_id"],
+        "training": {"max_steps": 5000, "learning_rate": 0.02, "warmup_ratio": 0.0},
+        "checkpoints": {"every_steps": 20, "keep": 2},
+    }
+    question = {"messages": [{"role": "user", "content": "name 3"}], "max_new_tokens": 12}
+    with service.client() as client:
+        job_id = client.create_job(body)["id"]
+        with pytest.raises(ApiError) as caught:
+            client.generate(**question, adapter_id=f"{job_id}@latest")
+        assert caught.value.code == "checkpoint_not_found"
+
+        def said() -> dict | None:
+            try:
+                return client.generate(**question, adapter_id=f"{job_id}@latest")
+            except ApiError as error:
+                assert error.code in ("checkpoint_not_found", "file_missing", "adapter_missing")
+                return None
+
+        answers: list[dict | None] = []
+        wait_until(lambda: answers.append(said()) or answers[-1], "a checkpoint answers")
+        assert client.job(job_id)["status"] == "running"
+        answer = answers[-1]
+        assert answer["adapter_id"].startswith(f"{job_id}@")
+        assert answer["outputs"] != client.generate(**question)["outputs"]
+        client.cancel(job_id)
+        wait_until(lambda: client.job(job_id)["status"] == "cancelled", "the job is cancelled")
+
+
 def test_sampling_is_repeatable_and_stops_where_asked(service: Service) -> None:
     with service.client() as client:
         hot = {"prompt": "name", "max_new_tokens": 16, "temperature": 1.5, "seed": 7}

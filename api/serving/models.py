@@ -1,0 +1,116 @@
+"""Who answers a request: a base model, an adapter, or the checkpoint of a job that may still be running."""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ulid import ULID
+
+from api.deps import Services, ready_model
+from api.engine import Target
+from core.control import adapters, db, jobs
+from core.control.db import Session
+from core.control.running import events
+from core.control.tables import Checkpoint, Job
+from core.errors import Conflict, NotFound
+from core.ml import catalogue
+from core.ml import contract as contracts
+from core.ml.prompts import Contract
+
+_CHECKPOINT = re.compile(r"(job_\w+)@(latest|\d{1,9})")
+_PROMPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", contracts.CONTRACT_FILE)
+
+
+@dataclass(frozen=True)
+class Served:
+    """`adapter_id`: an adapter or `job_…@step`, None for the base model; `context`: how many tokens are read."""
+
+    target: Target
+    contract: Contract
+    context: int | None
+    adapter_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.adapter_id or self.target.base_model
+
+
+def named(services: Services, project_id: str, name: str, param: str = "model") -> Served:
+    """By any of the names: an adapter's id, `job_…@latest` or `@step`, a base model.
+
+    Raises:
+        NotFound: there is none of that name.
+        GraftError: `model_not_ready`, 503; `contract_broken`.
+    """
+    if name.startswith("ad_") or _CHECKPOINT.fullmatch(name):
+        return adapter(services, project_id, name, param)
+    return base(services, name)
+
+
+def base(services: Services, name: str | None) -> Served:
+    """A base model, the default one without a name; raises as `named`."""
+    model = ready_model(services, name)
+    contract = contracts.load_cached(model.path)
+    return Served(Target(model.name, model.name), contract, catalogue.describe(model)["context"])
+
+
+def adapter(services: Services, project_id: str, name: str, param: str = "adapter_id") -> Served:
+    """An adapter by its id, or a checkpoint as `job_…@latest` or `job_…@step`; raises as `named`."""
+    with db.reading(services.sessions) as session:
+        if (asked := _CHECKPOINT.fullmatch(name)) is not None:
+            job = jobs.get(session, project_id, asked[1])
+            row = _checkpoint(session, job, asked[2], param)
+            name, model, key = f"{job.id}@{row.step}", job.model, row.key
+            weights = next(info["sha256"] for info in row.files if info["path"].endswith(".safetensors"))
+            engine_name = f"{name}-{weights[:12]}"
+        else:
+            found = adapters.get(session, project_id, name, param=param)
+            name, model, key = found.id, found.base_model, f"{found.key}/files"
+            engine_name = found.engine_name
+    services.storage.size(f"{key}/{contracts.CONTRACT_FILE}")  # or it says what is missing
+    folder = services.storage.local(key)
+    path = str(folder) if folder else f"{services.storage.url.rstrip('/')}/{key}"
+    contract = contracts.load_cached(folder or _prompt_files(services, key, engine_name))
+    context = catalogue.describe(catalogue.find(services.catalogue, model))["context"]
+    return Served(Target(engine_name, model, path), contract, context, name)
+
+
+def _checkpoint(session: Session, job: Job, step: str, param: str) -> Checkpoint:
+    rows = events.checkpoints(session, job.id)
+    found = next((row for row in rows if step in ("latest", str(row.step))), None)
+    if found is None:
+        kept = ", ".join(str(row.step) for row in rows)
+        raise NotFound(
+            "checkpoint_not_found",
+            f"Job {job.id} has no checkpoint {'yet' if step == 'latest' else f'of step {step}'}.",
+            param=param,
+            hint=f"Kept are those of the steps {kept}."
+            if kept
+            else "checkpoints.every_steps says when one is saved.",
+        )
+    if job.spec["lora"]["init"] == "pissa":
+        raise Conflict(
+            "checkpoint_not_servable",
+            f"Checkpoints of job {job.id} cannot be talked to: with lora.init pissa they belong to a changed base model.",
+            param=param,
+            hint="Its adapter, when the job has succeeded, is an ordinary one.",
+        )
+    return found
+
+
+def _prompt_files(services: Services, key: str, name: str) -> Path:
+    """A local copy of an adapter's tokenizer, fetched once from the bucket."""
+    folder = services.settings.home / "cache" / "prompts" / name
+    if not folder.is_dir():
+        part = folder.with_name(f"{name}.{ULID()}.part")
+        try:
+            for file in _PROMPT_FILES:
+                services.storage.get(f"{key}/{file}", part / file)
+            part.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another request was faster
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder

@@ -140,7 +140,8 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
         GraftError(
             "invalid_request",
             first["message"],
-            status=422,
+            # OpenAI's clients know a wrong request by 400.
+            status=400 if request.url.path.startswith("/v1/") else 422,
             param=first["field"],
             hint=first["hint"],
             errors=problems[:_LISTED],

@@ -14,6 +14,8 @@ from api import errors
 from api.deps import Services
 from api.engine import Engine
 from api.middleware import RequestId
+from api.openai import chat, completions
+from api.openai import models as openai_models
 from api.requests import LimitBody
 from api.routes import (
     adapters,
@@ -79,6 +81,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate,
         models,
         presets,
+        chat,
+        completions,
+        openai_models,
         keys,
         docs,
         health,

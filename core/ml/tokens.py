@@ -5,9 +5,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from core.errors import BadRequest
 from core.ml.rendering import Marks
 
+# How tokenizers write a byte: by a character each, or one by one.
+_BYTES = {sign: byte for byte, sign in bytes_to_unicode().items()}
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 # Characters before a text that goes on: a line break, or a letter where that one merges with the text.
 _GUARDS = ("\n", "x")
 
@@ -69,6 +74,25 @@ def _plain(tokenizer: Any, token: str) -> list[int]:
     if tokenizer.convert_tokens_to_ids(token) in ids:  # an ordinary piece of the vocabulary, too
         ids = _after(encode, token[:1]) + _after(encode, token[1:])
     return ids
+
+
+def text_and_bytes(tokenizer: Any, token: int) -> tuple[str, bytes]:
+    """One token for a reader, and its exact bytes: a part of a character is no text."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    if token in tokenizer.added_tokens_decoder or name is None:
+        text = name or ""
+        return text, text.encode()
+    if (part := _BYTE.fullmatch(name)) is not None:
+        raw = bytes([int(part[1], 16)])
+    elif _is_byte_level(tokenizer) and all(sign in _BYTES for sign in name):
+        raw = bytes(_BYTES[sign] for sign in name)
+    else:
+        raw = name.replace("\u2581", " ").encode()
+    return raw.decode("utf-8", "replace"), raw
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    return "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
 
 
 def continuation(tokenizer: Any, text: str) -> list[int]:

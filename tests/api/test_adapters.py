@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.main import create_app
-from core.control.running import workers
+from core.control.running import events, workers
 from core.control.tables import Adapter
 from core.hashes import describe
 from core.ml import contract
@@ -235,6 +235,25 @@ def test_what_does_not_exist_cannot_generate(shared_api: Api) -> None:
 def test_a_model_that_is_not_here_yet_is_said(make_api: Callable[..., Api], tmp_path: Path) -> None:
     api = make_api(models={"tests/absent": str(tmp_path / "absent")}, default_model="tests/absent")
     refused(api.client.post("/generate", json={"prompt": "a"}), 503, "model_not_ready")
+
+
+def test_a_checkpoint_that_cannot_be_talked_to_says_why(api: Api) -> None:
+    def ask(name: str) -> Any:
+        return api.client.post("/generate", json={"adapter_id": name, "prompt": "Hi"})
+
+    plain = rows.job(api.sessions, api.project_id, spec={"lora": {"init": "default"}})
+    error = refused(ask(f"{plain.id}@latest"), 404, "checkpoint_not_found")
+    assert "no checkpoint yet" in error["message"]
+    moved = rows.job(api.sessions, api.project_id, spec={"lora": {"init": "pissa"}})
+    files = [{"path": "adapter_model.safetensors", "bytes": 1, "sha256": "0" * 64}]
+    with api.sessions.begin() as session:
+        for job in (plain, moved):
+            events.add_checkpoint(session, job.id, 4, f"jobs/{job.id}/checkpoints/1-4", files, {})
+    assert "the steps 4" in (refused(ask(f"{plain.id}@3"), 404, "checkpoint_not_found")["hint"] or "")
+    refused(ask(f"{plain.id}@4"), 404, "file_missing")
+    refused(ask(f"{moved.id}@latest"), 409, "checkpoint_not_servable")
+    refused(ask(f"{plain.id}@"), 404, "adapter_not_found")
+    refused(ask("job_none@latest"), 404, "job_not_found")
 
 
 # ---- Models and health

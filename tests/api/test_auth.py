@@ -85,6 +85,7 @@ def test_foreign_ids_are_not_found_on_every_route(api: Api) -> None:
         "adapter_id": adapter.id,
         "export_id": rows.export(api.sessions, adapter.id).id,
         "path": "adapter_config.json",
+        "model": adapter.id,
     }
     # What a route needs besides, to get as far as the id.
     bodies = {"/adapters/{adapter_id}/export": {"format": "gguf"}}
@@ -121,6 +122,14 @@ def test_foreign_ids_in_bodies_and_queries_are_not_found(api: Api) -> None:
     assert refused(api.client.post("/jobs", json=body), 404)["param"] == "validation.dataset_id"
     body = {"adapter_id": adapter.id, "prompt": "Hi"}
     assert refused(api.client.post("/generate", json=body), 404)["param"] == "adapter_id"
+    body = {"targets": ["base", adapter.id], "prompt": "Hi"}
+    assert refused(api.client.post("/compare", json=body), 404)["param"] == "targets.1"
+    theirs = rows.job(api.sessions, other)
+    for name in (adapter.id, f"{theirs.id}@latest", f"{theirs.id}@5"):
+        body = {"model": name, "messages": [{"role": "user", "content": "Hi"}]}
+        refused(api.client.post("/v1/chat/completions", json=body), 404)
+        refused(api.client.post("/v1/completions", json={"model": name, "prompt": "Hi"}), 404)
+        assert name not in api.client.get("/v1/models").text
     assert api.client.get("/jobs").json()["data"] == []
 
 

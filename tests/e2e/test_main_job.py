@@ -160,7 +160,8 @@ def test_a_job_can_be_talked_to_while_it_trains(service: Service, job: dict) -> 
             try:
                 return client.generate(**question, adapter_id=f"{job_id}@latest")
             except ApiError as error:
-                assert error.code in ("checkpoint_not_found", "file_missing", "adapter_missing")
+                if error.code not in ("checkpoint_not_found", "file_missing", "adapter_missing"):
+                    raise
                 return None
 
         answers: list[dict | None] = []

@@ -288,13 +288,7 @@ class Engine:
     def _read(self, source: Source) -> Adapter:
         # On a CPU float32 is faster than bfloat16 for so few rows.
         dtype = self._precision.torch_dtype if torch.cuda.is_available() else torch.float32
-        try:
-            return adapters.read(source, base_model.device(), dtype)
-        except FileNotFoundError as error:
-            raise NotFound(
-                "adapter_missing",
-                f"The files of {source.name} are gone: it was deleted, or a newer checkpoint took its place.",
-            ) from error
+        return adapters.read(source, base_model.device(), dtype)
 
 
 def _unavailable(why: str | None) -> GraftError:

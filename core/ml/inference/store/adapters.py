@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from core.errors import Conflict
+from core.errors import Conflict, NotFound
 from core.ml.inference.batch.lora import Adapter, Pair
 
 _PREFIX = "base_model.model."
@@ -73,13 +73,21 @@ def look(name: str, base: str, folder: Path, layers: Mapping[str, tuple[int, int
 
 
 def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
-    """An adapter that was looked at, in memory; its scale is multiplied into B."""
-    config = json.loads((source.folder / "adapter_config.json").read_text())
+    """An adapter that was looked at, in memory; its scale is multiplied into B.
+
+    Raises:
+        NotFound: `adapter_missing`, its files are gone by now.
+    """
     found: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(source.folder / "adapter_model.safetensors", "pt", device=str(device)) as file:
-        for key in file.keys():  # noqa: SIM118 - it is no dict
-            layer, kind = _place(key)
-            found.setdefault(layer, {})[kind] = file.get_tensor(key)
+    try:
+        config = json.loads((source.folder / "adapter_config.json").read_text())
+        with safe_open(source.folder / "adapter_model.safetensors", "pt", device=str(device)) as file:
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                layer, kind = _place(key)
+                found.setdefault(layer, {})[kind] = file.get_tensor(key)
+    except FileNotFoundError as error:
+        why = "it was deleted, or a newer checkpoint took its place"
+        raise NotFound("adapter_missing", f"The files of {source.name} are gone: {why}.") from error
     pairs = {}
     for layer, parts in found.items():
         a, b = parts["lora_A"].to(dtype), parts["lora_B"].to(torch.float32)

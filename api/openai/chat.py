@@ -1,0 +1,146 @@
+"""POST /v1/chat/completions."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from ulid import ULID
+
+from api.deps import CallerDep, Services, ServicesDep
+from api.openai import wire
+from api.openai.schemas import ChatRequest
+from api.requests import StrictRoute
+from api.serving import models, prompt
+from api.serving.listening import while_listening
+from api.serving.models import Served
+from core import strict_json
+from core.ml.formats.chat.written import WrittenCalls
+
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
+
+# Where the request does not say: as many tokens as the model reads, but no more than this.
+_NEW_TOKENS = 2048
+
+
+@router.post("/chat/completions", response_model=None)
+async def chat(
+    body: ChatRequest, request: Request, services: ServicesDep, caller: CallerDep
+) -> dict[str, Any] | StreamingResponse:
+    """Answer a conversation as OpenAI does; `model` is a base model, an adapter, or `job_…@latest`."""
+    served, ids, new = await run_in_threadpool(_prepare, body, services, caller.project_id)
+    asked = {
+        **body.sampling(),
+        "max_tokens": new,
+        "stop_token_ids": list(served.contract.stop_token_ids),
+        "cache_salt": caller.project_id,
+    }
+    if body.logprobs:
+        asked |= {"logprobs": body.top_logprobs or 0, "return_tokens_as_token_ids": True}
+    identity = f"chatcmpl-{ULID()}"
+    if body.stream:
+        told = await services.engine.stream(served.target, ids, asked)
+        head = wire.head("chat.completion.chunk", identity, served.name)
+        return StreamingResponse(
+            wire.events(_chunks(body, served, head, told)),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
+    answer = await while_listening(request, services.engine.complete(served.target, ids, asked))
+    return {
+        **wire.head("chat.completion", identity, served.name),
+        "choices": [_choice(body, served, choice) for choice in answer["choices"]],
+        "usage": wire.usage(answer),
+        "served_by": answer.get("served_by"),
+    }
+
+
+def _prepare(body: ChatRequest, services: Services, project_id: str) -> tuple[Served, list[int], int]:
+    served = models.named(services, project_id, body.model)
+    ids = prompt.of_turns(served, body.turns(), body.shown_tools)
+    new = body.max_completion_tokens or body.max_tokens
+    if new is None:
+        room = _NEW_TOKENS if served.context is None else served.context - len(ids)
+        new = max(min(room, _NEW_TOKENS), 1)
+    prompt.check_length(served, ids, new, "max_completion_tokens")
+    return served, ids, new
+
+
+def _choice(body: ChatRequest, served: Served, choice: dict[str, Any]) -> dict[str, Any]:
+    text, calls = choice["text"], []
+    if body.shown_tools:
+        found = WrittenCalls()
+        text = found.push(text) + found.end()
+        calls = [_call(call) for call in found.calls]
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": text if text or not calls else None,
+        "refusal": None,
+    }
+    if calls:
+        message["tool_calls"] = calls
+    return {
+        "index": choice["index"],
+        "message": message,
+        "finish_reason": _reason(choice["finish_reason"], bool(calls)),
+        "logprobs": wire.chat_logprobs(served.contract.tokenizer, choice.get("logprobs")),
+    }
+
+
+async def _chunks(
+    body: ChatRequest, served: Served, head: dict[str, Any], told: AsyncIterator[dict[str, Any]]
+) -> AsyncIterator[dict[str, Any]]:
+    usage = {"usage": None} if body.wants_usage else {}
+
+    def chunk(
+        index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+        return {**head, "choices": [choice], **usage}
+
+    written = [_Written(bool(body.shown_tools)) for _ in range(body.n or 1)]
+    for index in range(len(written)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    last: dict[str, Any] = {}
+    async for part in told:
+        last = part if part.get("usage") else last
+        for choice in part["choices"]:
+            index, reason = choice["index"], choice.get("finish_reason")
+            delta = written[index].delta(choice.get("text") or "", last=reason is not None)
+            logprobs = wire.chat_logprobs(served.contract.tokenizer, choice.get("logprobs"))
+            if delta or (logprobs and logprobs["content"]):
+                yield chunk(index, delta, logprobs=logprobs)
+            if reason is not None:
+                yield chunk(index, {}, _reason(reason, bool(written[index].told)))
+    if body.wants_usage:
+        yield {**head, "choices": [], "usage": wire.usage(last), "served_by": last.get("served_by")}
+
+
+class _Written:
+    """One output on its way; `told`: how many of its calls the client knows."""
+
+    def __init__(self, with_calls: bool) -> None:
+        self._calls = WrittenCalls() if with_calls else None
+        self.told = 0
+
+    def delta(self, text: str, *, last: bool) -> dict[str, Any]:
+        if self._calls is None:
+            return {"content": text} if text else {}
+        text = self._calls.push(text) + (self._calls.end() if last else "")
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if fresh := self._calls.calls[self.told :]:
+            delta["tool_calls"] = [
+                {"index": i, **_call(call)} for i, call in enumerate(fresh, start=self.told)
+            ]
+            self.told += len(fresh)
+        return delta
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": call["name"], "arguments": strict_json.dumps(call["arguments"])}
+    return {"id": f"call_{ULID()}", "type": "function", "function": function}
+
+
+def _reason(reason: str, called: bool) -> str:
+    return "tool_calls" if called and reason == "stop" else reason

@@ -1,0 +1,91 @@
+"""POST /v1/completions: texts as they are, without a chat template."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from ulid import ULID
+
+from api.deps import CallerDep, Services, ServicesDep
+from api.openai import wire
+from api.openai.schemas import CompletionRequest
+from api.requests import StrictRoute
+from api.serving import models, prompt
+from api.serving.listening import while_listening
+from api.serving.models import Served
+
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
+
+# OpenAI's own.
+_NEW_TOKENS = 16
+
+
+@router.post("/completions", response_model=None)
+async def completions(
+    body: CompletionRequest, request: Request, services: ServicesDep, caller: CallerDep
+) -> dict[str, Any] | StreamingResponse:
+    """Go on with a text, or with token ids, as OpenAI does; `model` as in /v1/chat/completions."""
+    served, prompts = await run_in_threadpool(_prepare, body, services, caller.project_id)
+    asked = {**body.sampling(), "max_tokens": body.max_tokens or _NEW_TOKENS, "cache_salt": caller.project_id}
+    if body.logprobs is not None:
+        asked |= {"logprobs": body.logprobs, "return_tokens_as_token_ids": True}
+    head = wire.head("text_completion", f"cmpl-{ULID()}", served.name)
+    if body.stream:
+        told = await services.engine.stream(served.target, prompts[0], asked)
+        return StreamingResponse(
+            wire.events(_chunks(body, served, head, told)),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
+
+    async def everyone() -> list[dict[str, Any]]:
+        return await asyncio.gather(*(services.engine.complete(served.target, ids, asked) for ids in prompts))
+
+    answers = await while_listening(request, everyone())
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    return {
+        **head,
+        "choices": [_choice(served, choice, index, 0) for index, choice in enumerate(choices)],
+        "usage": wire.usage(*answers),
+        "served_by": answers[0].get("served_by"),
+    }
+
+
+def _prepare(body: CompletionRequest, services: Services, project_id: str) -> tuple[Served, list[list[int]]]:
+    served = models.named(services, project_id, body.model)
+    found = [
+        prompt.of_text(served, given, raw=served.contract.rows != "text") if isinstance(given, str) else given
+        for given in body.prompts
+    ]
+    for ids in found:
+        prompt.check_length(served, ids, body.max_tokens or _NEW_TOKENS, "max_tokens")
+    return served, found
+
+
+def _choice(served: Served, choice: dict[str, Any], index: int, offset: int) -> dict[str, Any]:
+    tokenizer = served.contract.tokenizer
+    return {
+        "index": index,
+        "text": choice["text"],
+        "finish_reason": choice.get("finish_reason"),
+        "logprobs": wire.completion_logprobs(tokenizer, choice.get("logprobs"), offset),
+    }
+
+
+async def _chunks(
+    body: CompletionRequest, served: Served, head: dict[str, Any], told: AsyncIterator[dict[str, Any]]
+) -> AsyncIterator[dict[str, Any]]:
+    usage = {"usage": None} if body.wants_usage else {}
+    last: dict[str, Any] = {}
+    written = [0] * (body.n or 1)
+    async for part in told:
+        last = part if part.get("usage") else last
+        for choice in part["choices"]:
+            index = choice["index"]
+            yield {**head, "choices": [_choice(served, choice, index, written[index])], **usage}
+            written[index] += len(choice["text"])
+    if body.wants_usage:
+        yield {**head, "choices": [], "usage": wire.usage(last), "served_by": last.get("served_by")}

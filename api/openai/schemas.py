@@ -1,0 +1,162 @@
+"""What OpenAI's clients send. What only has a meaning at OpenAI is passed over; what would change the answer and is not
+here is refused."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from api.schemas.common import Request
+from api.schemas.generate import Bias, Message, Stop, TokenId
+from core.errors import BadRequest
+
+_COLDEST = 0.01
+_LIST = Annotated[list[int], Field(min_length=1)]
+_MOST_PROMPTS = 32
+
+# Fields of OpenAI's that Graft does not serve, with the values that ask for nothing.
+_UNSERVED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+    "functions": (),
+    "function_call": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"),
+    "parallel_tool_calls": (True,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+
+
+class StreamOptions(Request):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Asked(Request):
+    """What chat and completions share. `top_k`, `min_p` and `repetition_penalty` as vLLM names them."""
+
+    model: str = Field(min_length=1, max_length=200)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=1000)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int | None = Field(None, ge=1, le=8)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Of no meaning here.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    verbosity: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for name, harmless in _UNSERVED.items():
+            value = given.get(name)
+            if value is not None and value not in harmless:
+                raise BadRequest(
+                    "unsupported_parameter", f'Graft does not serve "{name}" here.', param=name, status=400
+                )
+        return {
+            name: value for name, value in given.items() if name not in _UNSERVED or name in cls.model_fields
+        }
+
+    def sampling(self) -> dict[str, Any]:
+        """As an engine wants it, with OpenAI's defaults; but for the number of tokens and what ends an answer."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        stop = self.stop or []
+        return {
+            # Clients mean the most probable token when they send 1e-5.
+            "temperature": temperature if temperature >= _COLDEST else 0.0,
+            "top_p": self.top_p or 1.0,
+            "top_k": max(self.top_k or 0, 0),
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty or 1.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "logit_bias": self.logit_bias or {},
+            "stop": [stop] if isinstance(stop, str) else stop,
+            "seed": None if self.seed is None else self.seed % 2**31,
+            "n": self.n or 1,
+        }
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatMessage(Message):
+    """A message as a client keeps it, with what answers carry and prompts have no use for."""
+
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class ChatRequest(Asked):
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=128)
+    tool_choice: Literal["auto", "none"] | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.messages[-1].role == "assistant":
+            raise ValueError("the last message must not be the assistant's: it is what is to be written")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs need logprobs")
+        return self
+
+    def turns(self) -> list[dict[str, Any]]:
+        unread = {"refusal", "annotations", "audio", "function_call"}
+        return [message.model_dump(exclude_none=True, exclude=unread) for message in self.messages]
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        return None if self.tool_choice == "none" else self.tools
+
+
+class CompletionRequest(Asked):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
+        | _LIST
+        | Annotated[list[_LIST], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    )
+    max_tokens: int | None = Field(None, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _one_stream(self) -> Self:
+        if self.stream and len(self.prompts) > 1:
+            raise ValueError("a stream has one prompt")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)

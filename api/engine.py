@@ -1,21 +1,31 @@
-"""Client of an inference engine: ours, or any server with OpenAI completions and runtime LoRA loading."""
+"""Client of an inference engine: ours, vLLM, or any server with OpenAI completions and runtime LoRA loading."""
 
+import asyncio
 import json
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from core.errors import GraftError
+from core.errors import Conflict, GraftError, NotFound
 
 # A first request can wait until a base model is converted and loaded.
 _TIMEOUT = httpx.Timeout(600, connect=3)
+# What an adapter is tried on: long enough to show what it does, short enough not to be noticed.
+_PROBE_PROMPT = 256
+_PROBE_TOKENS = 8
+_WRONG, _NOT_FOUND = 400, 404
+_PASSED_ON = (400, 404, 409, 422, 429, 503, 504)
 
 
 @dataclass(frozen=True)
 class Target:
-    """The model name at the engine; for an adapter also the base it needs and where its files lie."""
+    """The model name at the engine; for an adapter also the base it needs and where its files lie.
+
+    An adapter's name holds the hash of its content and never means another one.
+    """
 
     name: str
     base_model: str
@@ -26,6 +36,9 @@ class Engine:
     def __init__(self, url: str, key: str | None) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT)
+        # Adapters that this process saw loaded, and at work.
+        self._loaded: set[str] = set()
+        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -34,17 +47,9 @@ class Engine:
         """One whole completion in the OpenAI form.
 
         Raises:
-            GraftError: `engine_unavailable`, `engine_error`, or what the engine found wrong.
+            GraftError: `engine_unavailable`, `engine_error`, `adapter_inert`, or what the engine found wrong.
         """
-        response = await self._send(target, {"model": target.name, "prompt": prompt, **sampling})
-        try:
-            body = await response.aread()
-        except httpx.HTTPError as error:
-            raise _unavailable() from error
-        finally:
-            await response.aclose()
-        result: dict[str, Any] = json.loads(body)
-        return result
+        return await _read(await self._send(target, {"model": target.name, "prompt": prompt, **sampling}))
 
     async def stream(
         self, target: Target, prompt: list[int], sampling: dict[str, Any]
@@ -52,7 +57,7 @@ class Engine:
         """The chunks of a completion. The connection is open when this returns, so errors come first."""
         options = {"stream": True, "stream_options": {"include_usage": True}}
         response = await self._send(target, {"model": target.name, "prompt": prompt, **sampling, **options})
-        return self._chunks(response)
+        return _chunks(response)
 
     async def ready(self) -> bool:
         try:
@@ -60,38 +65,76 @@ class Engine:
         except httpx.HTTPError:
             return False
 
-    async def _chunks(self, response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async def _send(self, target: Target, body: dict[str, Any]) -> httpx.Response:
+        if target.path is not None and target.name not in self._loaded:
+            await self._load(target, body["prompt"])
+        response = await self._post("/v1/completions", body)
+        if response.status_code == _NOT_FOUND and target.path is not None:
+            # It forgot: it was started anew.
+            await response.aclose()
+            self._loaded.discard(target.name)
+            await self._load(target, body["prompt"])
+            response = await self._post("/v1/completions", body)
+        if response.status_code == _NOT_FOUND and target.path is None:
+            await response.aclose()
+            raise GraftError(
+                "model_not_served",
+                f"The inference engine does not serve {target.base_model}.",
+                status=503,
+                hint="The engine behind GRAFT_ENGINE_URL has to serve the base model under this name.",
+            )
+        await _raise_for(response)
+        return response
+
+    async def _load(self, target: Target, prompt: list[int]) -> None:
+        """Have the engine know an adapter, and see that it is at work."""
+        async with self._loading[target.name]:
+            if target.name not in self._loaded:
+                await self._load_once(target, prompt)
+                self._loaded.add(target.name)
+        self._loading.pop(target.name, None)
+
+    async def _load_once(self, target: Target, prompt: list[int]) -> None:
+        asked = {"lora_name": target.name, "lora_path": target.path, "base_model_name": target.base_model}
+        response = await self._post("/v1/load_lora_adapter", asked)
         try:
-            async for line in response.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                chunk: dict[str, Any] = json.loads(line[6:])
-                if "error" in chunk:
-                    raise GraftError("engine_error", str(chunk["error"].get("message")), status=502)
-                yield chunk
+            text = (await response.aread()).decode(errors="replace")
         except httpx.HTTPError as error:
             raise _unavailable() from error
         finally:
-            # Leaving early closes the connection, and with it the engine stops generating.
             await response.aclose()
+        if response.status_code >= _WRONG and "already been loaded" not in text:
+            raise _not_loaded(target, response.status_code, text)
+        if not _vouched_for(text):
+            await self._probe(target, prompt[:_PROBE_PROMPT])
 
-    async def _send(self, target: Target, body: dict[str, Any]) -> httpx.Response:
-        response = await self._post("/v1/completions", body)
-        if response.status_code == 404 and target.path is not None:
-            await response.aclose()
-            loaded = await self._post(
-                "/v1/load_lora_adapter",
-                {
-                    "lora_name": target.name,
-                    "lora_path": target.path,
-                    "base_model_name": target.base_model,
-                },
+    async def _probe(self, target: Target, prompt: list[int]) -> None:
+        """Engines were seen to say yes to adapters that they then passed over: see that the numbers change.
+
+        Raises:
+            GraftError: `adapter_inert`, 502.
+        """
+        asked = {
+            "prompt": prompt,
+            "max_tokens": _PROBE_TOKENS,
+            "temperature": 0,
+            "logprobs": 5,
+            "return_tokens_as_token_ids": True,
+        }
+        told = []
+        for name in (target.name, target.base_model):
+            response = await self._post("/v1/completions", {"model": name, **asked})
+            await _raise_for(response)
+            told.append((await _read(response))["choices"][0]["logprobs"])
+        if told[0] == told[1]:
+            unloaded = await self._post("/v1/unload_lora_adapter", {"lora_name": target.name})
+            await unloaded.aclose()
+            raise GraftError(
+                "adapter_inert",
+                f"The inference engine took {target.name}, and answers as the base model does.",
+                status=502,
+                hint="It does not know some layers of this base model for LoRA. Export the adapter merged and serve that.",
             )
-            await _raise_for(loaded)
-            await loaded.aclose()
-            response = await self._post("/v1/completions", body)
-        await _raise_for(response)
-        return response
 
     async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         try:
@@ -100,25 +143,96 @@ class Engine:
             raise _unavailable() from error
 
 
-async def _raise_for(response: httpx.Response) -> None:
-    if response.status_code < 400:
-        return
-    body = await response.aread()
-    await response.aclose()
+async def _read(response: httpx.Response) -> dict[str, Any]:
     try:
-        error = json.loads(body)["error"]
-        message, code = str(error["message"]), str(error.get("code") or "engine_error")
-    except (ValueError, KeyError, TypeError):
-        message, code = f"The engine answered {response.status_code}.", "engine_error"
+        found = json.loads(await response.aread())
+    except httpx.HTTPError as error:
+        raise _unavailable() from error
+    except ValueError as error:
+        raise GraftError("engine_error", "The inference engine answered no JSON.", status=502) from error
+    finally:
+        await response.aclose()
+    assert isinstance(found, dict)
+    return found
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    try:
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                return
+            if not line.startswith("data: "):
+                continue
+            chunk: dict[str, Any] = json.loads(line[6:])
+            if "error" in chunk:
+                raise GraftError(*_said(chunk), status=502)
+            yield chunk
+        raise _unavailable("The inference engine broke off in the middle of the answer.")
+    except httpx.HTTPError as error:
+        raise _unavailable("The inference engine broke off in the middle of the answer.") from error
+    finally:
+        # Leaving early closes the connection, and with it the engine stops generating.
+        await response.aclose()
+
+
+async def _raise_for(response: httpx.Response) -> None:
+    if response.status_code < _WRONG:
+        return
+    try:
+        body = json.loads(await response.aread())
+    except (ValueError, httpx.HTTPError):
+        body = None
+    await response.aclose()
+    code, message = _said(body, f"The inference engine answered {response.status_code}.")
     # What the engine says of the request is the client's business; the rest is ours.
-    status = response.status_code if response.status_code in (400, 404, 409, 422, 429, 503) else 502
+    status = response.status_code if response.status_code in _PASSED_ON else 502
     raise GraftError(code, message, status=status)
 
 
-def _unavailable() -> GraftError:
+def _said(body: Any, otherwise: str = "The inference engine failed.") -> tuple[str, str]:
+    """Code and message of an engine's error; vLLM's codes are the numbers of statuses."""
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        return "engine_error", otherwise
+    code = error.get("code")
+    known = isinstance(code, str) and not code.isdecimal()
+    return str(code) if known else "engine_error", str(error.get("message") or otherwise)
+
+
+def _vouched_for(text: str) -> bool:
+    """Whether the engine says, as ours does, that every tensor of the adapter has its place."""
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(answer, dict) and answer.get("checked") is True
+
+
+def _not_loaded(target: Target, status: int, text: str) -> GraftError:
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = None
+    code, message = _said(body, f"The inference engine answered {status} when asked to load {target.name}.")
+    if "rank" in message and code == "engine_error":
+        hint = "Start vLLM with a --max-lora-rank that is large enough, or export the adapter merged."
+        return Conflict(
+            "rank_not_served", f"The inference engine refuses {target.name}: {message}", hint=hint
+        )
+    if code != "engine_error":
+        return NotFound(code, message) if status == _NOT_FOUND else GraftError(code, message, status=status)
+    return GraftError(
+        "adapter_not_loaded",
+        f"The inference engine did not load {target.name}: {message}",
+        status=502,
+        hint="vLLM needs --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and to see the files under the same path.",
+    )
+
+
+def _unavailable(message: str = "The inference engine does not answer.") -> GraftError:
     return GraftError(
         "engine_unavailable",
-        "The inference engine does not answer.",
+        message,
         status=503,
         hint="It may still be starting; GET /health/ready shows its state.",
     )

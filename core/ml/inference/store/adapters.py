@@ -77,6 +77,7 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
 
     Raises:
         NotFound: `adapter_missing`, its files are gone by now.
+        Conflict: `adapter_inert`, it changes nothing.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
     try:
@@ -93,6 +94,8 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
         a, b = parts["lora_A"].to(dtype), parts["lora_B"].to(torch.float32)
         scaled = (b * _scale(config, layer, len(a))).to(dtype)
         pairs[layer] = Pair(a.T.contiguous(), scaled.T.contiguous())
+    if not any(bool(pair.b.any()) for pair in pairs.values()):
+        raise Conflict("adapter_inert", f"Adapter {source.name} changes nothing: every lora_B is zero.")
     return Adapter(source.digest, pairs)
 
 

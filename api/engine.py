@@ -11,8 +11,8 @@ import httpx
 
 from core.errors import Conflict, GraftError, NotFound
 
-# A first request can wait until a base model is converted and loaded.
-_TIMEOUT = httpx.Timeout(600, connect=3)
+# Beside the time that an answer may take: a first request waits until a base model is converted and loaded.
+_LOADING_SECONDS = 120
 # What an adapter is tried on: long enough to show what it does, short enough not to be noticed.
 _PROBE_PROMPT = 256
 _PROBE_TOKENS = 8
@@ -33,9 +33,12 @@ class Target:
 
 
 class Engine:
-    def __init__(self, url: str, key: str | None) -> None:
+    def __init__(self, url: str, key: str | None, answer_seconds: float = 600) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT)
+        timeout = httpx.Timeout(answer_seconds + _LOADING_SECONDS, connect=3)
+        # How many may wait is the engine's to say.
+        limits = httpx.Limits(max_connections=None)
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits)
         # Adapters that this process saw loaded, and at work.
         self._loaded: set[str] = set()
         self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)

@@ -55,6 +55,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         engine=Engine(
             settings.engine_url,
             settings.engine_key.get_secret_value() if settings.engine_key else None,
+            settings.engine_answer_seconds,
         ),
         catalogue=Catalogue(settings.models_folder, settings.models, settings.allow_hub),
     )

@@ -26,8 +26,9 @@ from core.ml import base_model, catalogue, prompts
 from core.ml import contract as contracts
 from core.ml.catalogue import BaseModel, Catalogue
 from core.ml.inference.answering import Finish, Told
-from core.ml.inference.engine import Engine, Limits
+from core.ml.inference.engine import Engine
 from core.ml.inference.sampling import Sampling
+from core.ml.inference.scheduler import Limits
 from core.ml.prompts import Contract
 from core.ml.quantization import Quantization
 

@@ -62,7 +62,7 @@ class Settings(BaseSettings):
         description="Memory of the engine for answers being written; default: a share of what is free.",
     )
     engine_running: int = Field(32, ge=1, description="Answers the engine writes at a time.")
-    engine_waiting: int = Field(128, ge=1, description="Answers that may wait for them.")
+    engine_waiting: int = Field(128, ge=8, description="Answers that may wait for them.")
     engine_answer_seconds: float = Field(600, gt=0, description="The longest that an answer may take.")
     engine_idle_seconds: float = Field(
         0, ge=0, description="Idle for so long, the engine gives its memory back; 0: never."

@@ -12,6 +12,7 @@ from core.control.running import probes
 from core.control.tables import Probe
 from core.errors import GraftError, OutOfMemory
 from core.ml.training.run import Run
+from worker import device
 from worker.attempt import artifacts
 from worker.child import spawn
 from worker.context import Context
@@ -56,7 +57,8 @@ def _found(context: Context, asked: Probe, seconds: float) -> dict[str, Any]:
     try:
         shutil.rmtree(work, ignore_errors=True)  # of a worker that died over the same question
         work.mkdir(parents=True)
-        return _measured(context, artifacts.fetch_run(context, asked, work), until)
+        with device.needed(context):
+            return _measured(context, artifacts.fetch_run(context, asked, work), until)
     except GraftError as error:
         return {"error": error.as_dict() | {"param": error.param}}
     except Exception as error:

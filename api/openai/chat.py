@@ -40,7 +40,7 @@ async def chat(
         asked |= {"logprobs": body.top_logprobs or 0, "return_tokens_as_token_ids": True}
     identity = f"chatcmpl-{ULID()}"
     if body.stream:
-        told = await services.engine.stream(served.target, ids, asked)
+        told = await while_listening(request, services.engine.stream(served.target, ids, asked))
         head = wire.head("chat.completion.chunk", identity, served.name)
         return StreamingResponse(
             wire.events(_chunks(body, served, head, told)),

@@ -34,7 +34,7 @@ async def completions(
         asked |= {"logprobs": body.logprobs, "return_tokens_as_token_ids": True}
     head = wire.head("text_completion", f"cmpl-{ULID()}", served.name)
     if body.stream:
-        told = await services.engine.stream(served.target, prompts[0], asked)
+        told = await while_listening(request, services.engine.stream(served.target, prompts[0], asked))
         return StreamingResponse(
             wire.events(_chunks(body, served, head, told)),
             media_type="text/event-stream",

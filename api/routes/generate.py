@@ -35,7 +35,7 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
     served, ids = await run_in_threadpool(_prepare, body, services, caller.project_id)
     sampling = _sampling(body, served, caller.project_id) | {"n": body.n}
     if body.stream:
-        chunks = await services.engine.stream(served.target, ids, sampling)
+        chunks = await while_listening(request, services.engine.stream(served.target, ids, sampling))
         return StreamingResponse(
             _events(chunks, served),
             media_type="text/event-stream",

@@ -1,6 +1,11 @@
 """Text as it comes: no half characters, nothing past a stop string, nothing lost at the end."""
 
+import random
+from typing import Any
+
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from core.ml.inference.text import TextStream
 from tests import tiny
@@ -28,6 +33,53 @@ def test_the_pieces_are_the_text(text: str) -> None:
 def test_a_character_cut_in_the_middle_is_shown_as_such() -> None:
     pieces, _ = feed("ab🙂", cut=4)
     assert "".join(pieces).startswith("ab\ufffd")
+
+
+def byte_fallback() -> Any:
+    """As Llama 2, Mistral and Phi 3 have it: words with their space, and single bytes where there is no word."""
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁a",
+        "▁time",
+        "Once",
+        "▁upon",
+    ]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def written(tokenizer: Any, ids: list[int], before: list[int] | None = None) -> list[str]:
+    stream = TextStream(tokenizer, [], before or [])
+    return [*(stream.push(token) for token in ids), stream.end()]
+
+
+def test_bytes_that_are_no_text_break_nothing() -> None:
+    tokenizer = byte_fallback()
+    draw = random.Random(0)
+    for _ in range(500):
+        ids = [draw.choice([draw.randrange(3, 259), draw.randrange(259, 263)]) for _ in range(30)]
+        assert "".join(written(tokenizer, ids))
+
+
+@pytest.mark.parametrize("text", ["日本語の文", "é🙂é", "naïve"])
+def test_characters_of_single_bytes_come_one_by_one(text: str) -> None:
+    tokenizer = byte_fallback()
+    pieces = written(tokenizer, [3 + byte for byte in text.encode()])
+    assert [piece for piece in pieces if piece] == list(text)
+
+
+def test_a_text_that_goes_on_keeps_the_space_between() -> None:
+    tokenizer = byte_fallback()
+    once, upon, a, time = (tokenizer.convert_tokens_to_ids(word) for word in ("Once", "▁upon", "▁a", "▁time"))
+    assert "".join(written(tokenizer, [a, time], [once, upon])) == " a time"
+    # After a mark of the template the answer begins.
+    assert "".join(written(tokenizer, [a, time], [once, tokenizer.bos_token_id])) == "a time"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,10 @@ _PLAN_NOTES = {
 
 @dataclass
 class Attempt:
-    """One claim of a job, while it runs: reports not yet written, uploads not yet registered."""
+    """One claim of a job, while it runs: reports not yet written, uploads not yet registered.
+
+    `settled` is called when the child has taken all the memory it will take.
+    """
 
     job: Job
     work: Path
@@ -40,6 +43,7 @@ class Attempt:
     child: Child | None = None
     fenced: bool = False
     training: bool = False
+    settled: Callable[[], None] = lambda: None
     claimed: float = field(default_factory=time.time)
 
 

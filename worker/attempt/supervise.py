@@ -11,6 +11,7 @@ from core.control.db import DatabaseUnavailable, Session, reading
 from core.control.running import attempts
 from core.control.tables import Adapter, Export, Job
 from core.errors import Fenced
+from worker import device
 from worker.attempt import artifacts, reports
 from worker.attempt.reports import Attempt
 from worker.child import spawn
@@ -39,13 +40,14 @@ def see_through(context: Context, attempt: Attempt, function: str, *args: Any) -
         StorageFull: a checkpoint could not be stored.
     """
     attempt.outcome, attempt.training = ("crash", {}), False
-    process = spawn.start(function, *args, patience=context.settings.lease_seconds)
-    attempt.child = process
     with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
-        try:
-            _until_end(context, attempt, process, uploader)
-        finally:
-            process.close()
+        with device.needed(context) as attempt.settled:
+            process = spawn.start(function, *args, patience=context.settings.lease_seconds)
+            attempt.child = process
+            try:
+                _until_end(context, attempt, process, uploader)
+            finally:
+                process.close()
         wait([upload for _, upload in attempt.uploads])
     artifacts.store_log(context, attempt.job, attempt.work)
     patiently(lambda: reports.write(context, attempt))
@@ -162,6 +164,8 @@ def _take(
             (data, uploader.submit(artifacts.store_checkpoint, context, attempt.job, data))
         )
     else:
+        if kind == "first_step":
+            attempt.settled()
         attempt.training = attempt.training or (kind, data.get("phase")) == ("phase", "training")
         attempt.reports.append((kind, data))
 

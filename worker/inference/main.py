@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import hmac
 import os
+import shutil
 import signal
 import threading
 import time
@@ -26,10 +27,12 @@ from core.errors import BadRequest, GraftError, NotFound
 from core.ml import base_model
 from core.ml.catalogue import Catalogue
 from core.ml.inference.answering import Finish, Piece
-from core.ml.inference.engine import Engine, Limits
+from core.ml.inference.engine import Engine
+from core.ml.inference.scheduler import Limits
 from core.ml.quantization import Quantization
 from core.settings import Settings, load
 from core.storage import Storage
+from worker import device
 from worker.inference import wire
 from worker.inference.schemas import Completion, LoadAdapter
 
@@ -57,7 +60,11 @@ class Server:
             ),
             # Whoever started this process starts it anew.
             broke=lambda: os.kill(os.getpid(), signal.SIGTERM),
+            # A CPU's memory is enough for both.
+            shared=device.Shared(settings.home) if base_model.device().type == "cuda" else None,
         )
+        # Copies from a bucket: those that are still asked for are fetched again.
+        shutil.rmtree(settings.home / "cache" / "adapters", ignore_errors=True)
         self.storage = Storage(settings.storage, s3_endpoint_url=settings.s3_endpoint_url)
 
     def folder(self, path: str, name: str) -> Path:
@@ -71,10 +78,15 @@ class Server:
         folder = self.settings.home / "cache" / "adapters" / hashlib.sha256(name.encode()).hexdigest()[:32]
         if not folder.is_dir():
             part = folder.with_name(f"{folder.name}.{ULID()}.part")
-            for file in _FILES:
-                self.storage.get(f"{key}/{file}", part / file)
-            with contextlib.suppress(OSError):  # another request was faster
+            try:
+                for file in _FILES:
+                    self.storage.get(f"{key}/{file}", part / file)
                 part.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another request was faster
+                    raise
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
         return folder
 
 
@@ -159,11 +171,11 @@ async def _told(
         with contextlib.suppress(RuntimeError):  # the server has stopped
             loop.call_soon_threadsafe(queue.put_nowait, (index, item))
 
-    await run_in_threadpool(
-        engine.submit, body.model, body.prompt, body.sampling(), tell, gone.is_set, body.cache_salt
-    )
     unfinished, looked = body.n, time.monotonic()
     try:
+        await run_in_threadpool(
+            engine.submit, body.model, body.prompt, body.sampling(), tell, gone.is_set, body.cache_salt
+        )
         while unfinished:
             if time.monotonic() - looked > _LOOK_SECONDS:
                 looked = time.monotonic()

@@ -1,7 +1,7 @@
 """What the inference server is asked. The names are vLLM's."""
 
 from dataclasses import replace
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -20,13 +20,13 @@ class Completion(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     stop: list[str] = []
     stop_token_ids: list[int] = []
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, lt=2**62)
     n: int = Field(1, ge=1, le=_MOST_OUTPUTS)
     logprobs: int | None = Field(None, ge=0, le=20)
     return_tokens_as_token_ids: bool = False

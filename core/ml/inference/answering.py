@@ -50,7 +50,8 @@ class Request:
 
 @dataclass(eq=False)
 class Answering:
-    """The state of one answer. `after`: another answer to the same prompt, which is to read it first."""
+    """The state of one answer. `after`: another answer to the same prompt, which is to read it first; `reading_since`: the
+    time from which it waited for its adapter alone."""
 
     request: Request
     ends: frozenset[int]
@@ -58,7 +59,7 @@ class Answering:
     tell: Callable[[Told], None]
     cancelled: Callable[[], bool]
     after: "Answering | None" = None
-    since: float = field(default_factory=time.monotonic)
+    reading_since: float | None = None
     new: list[int] = field(default_factory=list)
     path: Literal["batch", "compat"] = "batch"
     cached: int = 0
@@ -126,6 +127,15 @@ class Answering:
         elif time.monotonic() > self.request.deadline:
             self.fail(GraftError("deadline_exceeded", "The answer took longer than it may take.", status=504))
         return self.over
+
+
+def device_busy() -> GraftError:
+    message = "A training takes the memory that it needs at the moment. Ask again in some seconds."
+    return GraftError("device_busy", message, status=503)
+
+
+def unavailable(why: str | None) -> GraftError:
+    return GraftError("engine_unavailable", f"The engine is not there: {why}", status=503)
 
 
 def failed(error: Exception) -> GraftError:

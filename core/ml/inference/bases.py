@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from core.errors import BadRequest
+from core.errors import BadRequest, GraftError
 from core.ml import base_model, catalogue
 from core.ml import contract as contracts
+from core.ml.base_model import Precision
 from core.ml.catalogue import Catalogue
 from core.ml.inference.batch.lora import linear_layers
 from core.ml.inference.batch.model import supported
@@ -49,6 +51,26 @@ def look(models: Catalogue, name: str) -> Base:
         frozenset(contract.stop_token_ids),
         contract.tokenizer,
     )
+
+
+def load(models: Catalogue, name: str, precision: Precision) -> Any:
+    """The model itself.
+
+    Raises:
+        GraftError: `device_full`, 503; or why it cannot be loaded.
+    """
+    try:
+        model = base_model.load(catalogue.find(models, name), precision).eval()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message = f"There is no memory for {name} beside what runs on this machine."
+        raise GraftError("device_full", message, status=503) from error
+    for layer in model.modules():
+        # The fused CPU kernel fails on other shapes.
+        if isinstance(layer, Linear4bit) and (
+            layer.out_features % 32 or layer.in_features % layer.weight.quant_state.blocksize
+        ):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def check(base: Base, prompt: list[int], sampling: Sampling) -> None:

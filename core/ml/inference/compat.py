@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -51,7 +53,24 @@ def answer(model: Any, one: Answering) -> None:
     finally:
         model.generation_config = makers
         if isinstance(asking, PeftModel):
-            asking.unload()
+            _unload(model, asking)
+
+
+def is_bare(model: Any) -> bool:
+    """Whether nothing of an adapter is left in the model."""
+    return not any(isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) for layer in model.modules())
+
+
+def _unload(model: Any, adapted: PeftModel) -> None:
+    """peft leaves the trained copies of whole layers in the model: the next request would read through them."""
+    own = {
+        name: layer.original_module
+        for name, layer in model.named_modules()
+        if isinstance(layer, ModulesToSaveWrapper)
+    }
+    adapted.unload()
+    for name, layer in own.items():
+        model.set_submodule(name, layer)
 
 
 def _adapted(model: Any, source: Source) -> PeftModel:
@@ -65,7 +84,7 @@ def _adapted(model: Any, source: Source) -> PeftModel:
         stored = set(file.keys())
     placed = set(get_peft_model_state_dict(adapted))
     if stored != placed:
-        adapted.unload()
+        _unload(model, adapted)
         raise Conflict(
             "adapter_mismatch",
             f"Adapter {source.name} does not fit {source.base}: {len(stored ^ placed)} of its tensors have no place, or "

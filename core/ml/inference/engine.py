@@ -9,25 +9,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from bitsandbytes.nn import Linear4bit
 
 from core.errors import GraftError, NotFound
 from core.ml import base_model, catalogue
 from core.ml.base_model import Precision
 from core.ml.catalogue import Catalogue
 from core.ml.inference import bases, compat
-from core.ml.inference.answering import Answering, Request, Told, failed
+from core.ml.inference.answering import Answering, Request, Told, device_busy, failed, unavailable
 from core.ml.inference.batch.lora import Adapter
 from core.ml.inference.batch.model import Batched
 from core.ml.inference.sampling import Sampling
-from core.ml.inference.scheduler import Scheduler
+from core.ml.inference.scheduler import Limits, Scheduler
 from core.ml.inference.store import adapters
 from core.ml.inference.store.adapters import Adapters, Source
 from core.ml.inference.store.prefixes import Prefixes
@@ -35,26 +33,18 @@ from core.ml.inference.text import TextStream
 
 logger = logging.getLogger(__name__)
 
-# Of the memory that is free beside the base model: keys and values of the answers being written.
-_CACHE_SHARE_GPU = 0.6
-_CACHE_SHARE_CPU = 0.25
-# How long to look away while an adapter is being read.
+# How long to look away while nothing is asked, where somebody else may want the device.
+_LOOK_SECONDS = 0.2
+# And while an adapter is being read.
 _ADAPTER_SECONDS = 0.01
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bytes of adapters, of kept prompts and of the answers being written (None: a share of what is free); answers at a
-    time and waiting; tokens of a step; seconds of an answer, and of idleness after which the model leaves memory."""
+class Shared(Protocol):
+    """A device that others need too. Holding it keeps nobody out: it tells those who want it that they have to wait."""
 
-    adapter_bytes: int = 2**30
-    prefix_bytes: int = 2**28
-    cache_bytes: int | None = None
-    running: int = 32
-    waiting: int = 128
-    step_tokens: int = 512
-    answer_seconds: float = 600
-    idle_seconds: float = 0
+    def wanted(self) -> bool: ...
+    def hold(self) -> None: ...
+    def give_back(self) -> None: ...
 
 
 class Engine:
@@ -66,9 +56,12 @@ class Engine:
         precision: Precision,
         limits: Limits | None = None,
         broke: Callable[[], None] = lambda: None,
+        shared: Shared | None = None,
     ) -> None:
-        """`broke` is called, in the engine's thread, when it can do nothing more and all who waited were told."""
+        """`broke` is called, in the engine's thread, when it can do nothing more and all who waited were told; `shared`:
+        the device, where others need it too."""
         self.limits = limits or Limits()
+        self._shared = shared
         self.broken: str | None = None
         self._catalogue, self._precision, self._broke = models, precision, broke
         self._base = cache(partial(bases.look, models))
@@ -82,8 +75,7 @@ class Engine:
         # Guards what follows, and wakes the thread.
         self._changed = threading.Condition()
         self._waiting: list[Answering] = []
-        self._asleep = threading.Event()
-        self._tired = self._closing = False
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -130,26 +122,18 @@ class Engine:
         for number, one in enumerate(sampling):
             bases.check(base, prompt, one)
             request = Request(base_name, source, prompt, one, deadline, salt)
-            text = TextStream(base.tokenizer, list(one.stop))
+            text = TextStream(base.tokenizer, list(one.stop), prompt)
             ends = base.ends | set(one.stop_token_ids)
             after = asked[0] if asked else None
             asked.append(Answering(request, ends, text, partial(tell, number), cancelled, after))
         with self._changed:
             if self.broken is not None:
-                raise _unavailable(self.broken)
-            if len(self._waiting) + len(asked) > self.limits.waiting:
-                waiting = len(self._waiting)
+                raise unavailable(self.broken)
+            waiting = len(self._waiting)
+            if waiting and waiting + len(asked) > self.limits.waiting:
                 raise GraftError("engine_full", f"{waiting} requests are waiting already.", status=429)
             self._waiting += asked
             self._changed.notify()
-
-    def sleep(self) -> None:
-        """Give the memory back once nothing is being written; the next request loads the model anew."""
-        with self._changed:
-            self._asleep.clear()
-            self._tired = True
-            self._changed.notify()
-        self._asleep.wait()
 
     def close(self) -> None:
         with self._changed:
@@ -173,21 +157,31 @@ class Engine:
                 self._step()
         except Exception as error:
             logger.exception("the engine broke")
-            with self._changed:
-                self.broken = f"{type(error).__name__}: {error}"
-                left, self._waiting = self._waiting, []
-            for one in [*left, *(self._scheduler.running if self._scheduler else [])]:
-                one.fail(_unavailable(self.broken))
+            self._end(f"it broke, and is started anew: {type(error).__name__}: {error}")
             self._broke()
-        self._asleep.set()
+        else:
+            self._end("it is closed")
+
+    def _end(self, why: str) -> None:
+        """Nothing is answered any more, and whoever waits is told."""
+        with self._changed:
+            self.broken = why
+            left, self._waiting = self._waiting, []
+        for one in [*left, *(self._scheduler.running if self._scheduler else [])]:
+            one.fail(unavailable(why))
 
     def _wait(self) -> bool:
-        """Until there is something to do; False when the engine is closed."""
+        """Until there is something to do; False when the engine is closed. Idle, the memory goes back."""
+        idle, limit = time.monotonic(), self.limits.idle_seconds
         with self._changed:
             while not self._closing and not self._busy():
-                if self._tired or not self._changed.wait(self.limits.idle_seconds or None):
+                if self._held and (self._wanted() or (limit and time.monotonic() - idle > limit)):
                     self._release()
+                self._changed.wait(_LOOK_SECONDS if limit or self._shared else None)
             return not self._closing
+
+    def _wanted(self) -> bool:
+        return self._shared is not None and self._shared.wanted()
 
     def _busy(self) -> bool:
         return bool(self._waiting) or bool(self._scheduler and self._scheduler.running)
@@ -197,6 +191,8 @@ class Engine:
             self._changed.notify()
 
     def _step(self) -> None:
+        if self._wanted():
+            self._turn_away()
         with self._changed:
             self._waiting = [one for one in self._waiting if not one.leave()]
             head = self._waiting[0] if self._waiting else None
@@ -216,6 +212,13 @@ class Engine:
                 return
         self._scheduler.step()
 
+    def _turn_away(self) -> None:
+        """Begin nothing new: what is being written is finished, then the memory goes back."""
+        with self._changed:
+            left, self._waiting = self._waiting, []
+        for one in left:
+            one.fail(device_busy())
+
     def _fits(self, one: Answering) -> bool:
         return one.request.base == self._held and not self._apart(one)
 
@@ -228,7 +231,9 @@ class Engine:
         try:
             self._hold(head.request.base)
             if not self._apart(head):
-                self._scheduler = self._scheduler or self._batched()
+                if self._scheduler is None:
+                    model = Batched(self._model)
+                    self._scheduler = Scheduler(model, self._adapters, self._prefixes, self.limits)
                 return
             if self._scheduler is not None:
                 self._scheduler.model.close()
@@ -239,8 +244,11 @@ class Engine:
         except Exception as error:
             logger.exception("%s", head.request.base)
             self._withdraw(head)
-            # Whatever half of it is in memory must not answer anybody.
-            self._release()
+            if not (
+                isinstance(error, GraftError) and self._model is not None and compat.is_bare(self._model)
+            ):
+                # Whatever half of it is in memory must not answer anybody.
+                self._release()
             head.fail(failed(error))
 
     def _withdraw(self, one: Answering) -> None:
@@ -251,28 +259,12 @@ class Engine:
         if self._held == name:
             return
         self._release()
-        model = catalogue.find(self._catalogue, name)
-        self._model = base_model.load(model, self._precision).eval()
-        for layer in self._model.modules():
-            # The fused CPU kernel fails on other shapes.
-            if isinstance(layer, Linear4bit) and (
-                layer.out_features % 32 or layer.in_features % layer.weight.quant_state.blocksize
-            ):
-                layer.support_avx512bf16_for_cpu = False
+        if self._shared is not None:
+            self._shared.hold()
+            if self._shared.wanted():
+                raise device_busy()
+        self._model = bases.load(self._catalogue, name, self._precision)
         self._held = name
-
-    def _batched(self) -> Scheduler:
-        model = Batched(self._model)
-        share = _CACHE_SHARE_GPU if torch.cuda.is_available() else _CACHE_SHARE_CPU
-        given = self.limits.cache_bytes or int(base_model.free_bytes() * share)
-        return Scheduler(
-            model,
-            self._adapters,
-            self._prefixes,
-            room=given // model.token_bytes,
-            running=self.limits.running,
-            step_tokens=self.limits.step_tokens,
-        )
 
     def _release(self) -> None:
         """Give all memory back. Nothing may be running."""
@@ -282,14 +274,10 @@ class Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._tired = False
-        self._asleep.set()
+        if self._shared is not None:
+            self._shared.give_back()
 
     def _read(self, source: Source) -> Adapter:
         # On a CPU float32 is faster than bfloat16 for so few rows.
         dtype = self._precision.torch_dtype if torch.cuda.is_available() else torch.float32
         return adapters.read(source, base_model.device(), dtype)
-
-
-def _unavailable(why: str | None) -> GraftError:
-    return GraftError("engine_unavailable", f"The engine broke, and is started anew: {why}", status=503)

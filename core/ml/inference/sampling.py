@@ -123,7 +123,7 @@ def _threshold(logits: Tensor, top_p: float) -> Tensor:
     total = logits.logsumexp(-1)
     for count in (min(_LIKELY, len(logits)), len(logits)):
         values = logits.topk(count).values
-        before = (values - total).exp().cumsum(-1)
-        if count == len(logits) or before[-1] >= top_p:
-            return values[min(int((before < top_p).sum()), count - 1)]
+        shares = (values - total).exp().cumsum(-1)
+        if count == len(logits) or shares[-1] >= top_p:
+            return values[min(int((shares < top_p).sum()), count - 1)]
     raise AssertionError

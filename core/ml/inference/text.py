@@ -1,18 +1,24 @@
 """Token ids to text as they come: no half characters, and nothing past a stop string."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+# So many of the prompt's last tokens decide how the next one is written.
+_CONTEXT = 6
+_HALF = "\ufffd"
+# A character is four bytes at most: of so many tokens the first are none.
+_MOST_UNTOLD = 16
 
 
 class TextStream:
     """Feed it token ids; it gives the text that is certain. `stopped` is set at a stop string."""
 
-    def __init__(self, tokenizer: Any, stop: list[str]) -> None:
+    def __init__(self, tokenizer: Any, stop: list[str], before: Sequence[int] = ()) -> None:
+        """`before`: the tokens of the prompt. Some tokenizers write the space before a word only after other text."""
         self._tokenizer = tokenizer.backend_tokenizer
-        self._ids: list[int] = []
-        self._decoded = 0
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._ids = _tail(tokenizer, before)
+        # The last piece was told of the tokens between these two; those after them make no whole characters yet.
+        self._begin, self._told = 0, len(self._ids)
         self._stop = stop
         self._held = ""
         self.stopped = False
@@ -21,18 +27,31 @@ class TextStream:
         if self.stopped:
             return ""
         self._ids.append(token)
-        text = self._decoder.step(self._tokenizer, token) or ""
-        self._decoded += len(text)
-        return self._release(text)
+        return self._release(self._fresh())
 
     def end(self) -> str:
         """What was held back: the start of a stop string, or bytes that never became a character."""
         if self.stopped:
             return ""
-        broken = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))[self._decoded :]
-        text = self._release(broken)
+        text = self._release(self._fresh(broken=True))
         rest, self._held = self._held, ""
         return text if self.stopped else text + rest
+
+    def _fresh(self, *, broken: bool = False) -> str:
+        """The text that the untold tokens make, if it is whole characters, or all the same.
+
+        The tokens of the last piece are decoded with and without the new ones, as text-generation servers do it: the
+        library's own decoder that goes on fails on bytes that are no text.
+        """
+        before, after = self._text(self._told), self._text(len(self._ids))
+        broken |= len(self._ids) - self._told >= _MOST_UNTOLD
+        if len(after) <= len(before) or (after.endswith(_HALF) and not broken):
+            return ""
+        self._begin, self._told = self._told, len(self._ids)
+        return after[len(before) :]
+
+    def _text(self, end: int) -> str:
+        return str(self._tokenizer.decode(self._ids[self._begin : end], skip_special_tokens=True))
 
     def _release(self, text: str) -> str:
         text = self._held + text
@@ -43,6 +62,13 @@ class TextStream:
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def _tail(tokenizer: Any, before: Sequence[int]) -> list[int]:
+    """The last tokens of the prompt; none where it ends with a mark of the template, after which text begins anew."""
+    if not before or before[-1] in tokenizer.added_tokens_decoder:
+        return []
+    return list(before[-_CONTEXT:])
 
 
 def _overlap(text: str, stop: str) -> int:

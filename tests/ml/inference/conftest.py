@@ -5,7 +5,8 @@ import pytest
 
 from core.ml.base_model import Precision
 from core.ml.catalogue import Catalogue
-from core.ml.inference.engine import Engine, Limits
+from core.ml.inference.engine import Engine
+from core.ml.inference.scheduler import Limits
 from tests import tiny
 from tests.ml.inference import strong
 

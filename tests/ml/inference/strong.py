@@ -86,6 +86,8 @@ def adapter(folder: Path, base: Path, seed: int, name: str = tiny.NAME, **settin
         for key, parameter in made.named_parameters():
             if "lora_B" in key:
                 parameter.normal_(0, 0.05)
+            elif "modules_to_save" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
     made.save_pretrained(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))

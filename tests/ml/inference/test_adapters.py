@@ -175,7 +175,7 @@ class Reading:
         self.read.append(source.name)
         if source.name == "broken":
             raise OSError("the disk is gone")
-        return Adapter(source.digest, {})
+        return Adapter({})
 
     def wait(self) -> None:
         assert self.arrived.acquire(timeout=10)
@@ -226,6 +226,18 @@ def test_those_in_use_stay_and_the_longest_unused_goes(reading: Reading) -> None
     assert len(kept) == 2
     taken(kept, reading, "a")
     assert reading.read == ["a", "b", "c"]
+
+
+def test_nobody_makes_room_that_is_not_enough(reading: Reading) -> None:
+    kept = store(reading)
+    taken(kept, reading, "used", 12)
+    taken(kept, reading, "idle", 8)
+    kept.give_back(source("idle"))
+    assert kept.take(source("wanted", 10)) is None
+    assert len(kept) == 2
+    kept.give_back(source("used"))
+    taken(kept, reading, "wanted", 10)
+    assert reading.read == ["used", "idle", "wanted"]
 
 
 def test_one_larger_than_all_room_is_served_alone(reading: Reading) -> None:

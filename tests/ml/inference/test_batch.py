@@ -1,17 +1,22 @@
 """What is read in batches is what a request alone is answered, token for token, in every architecture that is allowed."""
 
 import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from core.ml.inference.answering import Answering, Request
+from core.ml.inference.batch.attention import Cache
 from core.ml.inference.batch.lora import linear_layers
 from core.ml.inference.batch.model import ARCHITECTURES, Batched, supported
 from core.ml.inference.sampling import Sampling
-from core.ml.inference.scheduler import Scheduler
+from core.ml.inference.scheduler import Limits, Scheduler
 from core.ml.inference.store import adapters
 from core.ml.inference.store.adapters import Adapters, Source
 from core.ml.inference.store.prefixes import Prefixes
@@ -28,12 +33,18 @@ KINDS = [{"r": 4}, {"r": 8, "use_rslora": True}, {"r": 12, "alpha_pattern": {"q_
 class Case:
     """A model, three adapters, prompts, and what each of the four says to each prompt alone."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        lengths: Sequence[int] = LENGTHS,
+        kinds: Sequence[dict[str, Any]] = KINDS,
+    ) -> None:
         self.base = strong.model(folder / "base", strong.CONFIGURATIONS[kind])
-        self.prompts = [strong.prompt(length) for length in LENGTHS]
+        self.prompts = [strong.prompt(length) for length in lengths]
         folders = [
             strong.adapter(folder / f"a{number}", self.base, number, **settings)
-            for number, settings in enumerate(KINDS)
+            for number, settings in enumerate(kinds)
         ]
         layers = linear_layers(strong.loaded(self.base))
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
@@ -53,9 +64,9 @@ class Case:
             return adapters.read(source, torch.device("cpu"), torch.float32)
 
         kept = Adapters(2**30, read, lambda: None)
-        return Scheduler(
-            Batched(model), kept, Prefixes(prefix_bytes), room=room, running=32, step_tokens=step_tokens
-        )
+        batched = Batched(model)
+        limits = Limits(cache_bytes=room * batched.token_bytes, step_tokens=step_tokens)
+        return Scheduler(batched, kept, Prefixes(prefix_bytes), limits)
 
     def ask(self, who: int, place: int, count: int = NEW) -> Answering:
         request = Request(
@@ -76,6 +87,8 @@ def finish(scheduler: Scheduler, waiting: list[Answering]) -> None:
         scheduler.step()
         if not waiting and not scheduler.running:
             return
+        if not scheduler.running:
+            time.sleep(0.001)  # an adapter is being read
     raise AssertionError("it does not end")
 
 
@@ -108,11 +121,103 @@ def test_positions_that_depend_on_the_longest_of_a_step_are_not_batched(kind: st
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_one_to_four_adapters_in_a_step(llama: Case, count: int) -> None:
-    """From three on they are multiplied together."""
+    """From two on they are multiplied together."""
     scheduler = llama.scheduler(10_000, room=10_000)
     asked = {(who, place): llama.ask(who, place) for who in range(count) for place in range(3)}
     finish(scheduler, list(asked.values()))
     assert {key: one.new for key, one in asked.items()} == {key: llama.alone[key] for key in asked}
+
+
+def test_eight_adapters_and_long_prompts(tmp_path: Path) -> None:
+    case = Case(tmp_path, "llama", lengths=(500, 33, 2), kinds=[{"r": 4 + n % 3} for n in range(8)])
+    for step_tokens in (64, 10_000):
+        scheduler = case.scheduler(step_tokens, room=6_000)
+        asked = {key: case.ask(*key) for key in random.Random(step_tokens).sample(sorted(case.alone), 27)}
+        finish(scheduler, list(asked.values()))
+        assert {key: one.new for key, one in asked.items()} == case.alone
+
+
+def test_more_answers_than_a_step_has_tokens_all_go_on(llama: Case) -> None:
+    scheduler = llama.scheduler(2, room=10_000)
+    asked = {(who, 1): llama.ask(who, 1) for who in range(4)}
+    waiting = list(asked.values())
+    while min(len(one.new) for one in asked.values()) < 4:
+        before = [len(one.new) for one in asked.values()]
+        scheduler.admit(waiting)
+        scheduler.step()
+        for length, one in zip(before, asked.values(), strict=True):
+            assert len(one.new) == length + 1 or not length or one.over
+    finish(scheduler, waiting)
+    assert {key: one.new for key, one in asked.items()} == {key: llama.alone[key] for key in asked}
+
+
+def test_too_little_memory_for_one_more_has_it_wait(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = llama.scheduler(64, room=10_000)
+    first, second = llama.ask(0, 1), llama.ask(1, 2)
+    waiting = [first]
+    while not first.new:
+        scheduler.admit(waiting)
+        scheduler.step()
+
+    def full(_most: int) -> Cache:
+        raise torch.OutOfMemoryError("no memory")
+
+    waiting.append(second)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.model, "cache", full)
+        for _ in range(50):
+            scheduler.admit(waiting)
+        assert waiting == [second]
+        assert not second.over
+        finish(scheduler, [])
+        scheduler.admit(waiting)
+    assert second.failed
+    assert not waiting
+    assert scheduler.free == scheduler.room
+    assert all(place.users == 0 for place in scheduler.adapters._places.values())
+
+
+def test_too_little_memory_to_keep_a_prompt_keeps_none(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    scheduler = llama.scheduler(64, room=10_000, prefix_bytes=2**20)
+    monkeypatch.setattr(scheduler.prefixes, "keep", full)
+    one = llama.ask(0, 5)
+    finish(scheduler, [one])
+    assert one.new == llama.alone[0, 5]
+
+
+def test_steps_grow_again_after_a_shortage(llama: Case) -> None:
+    scheduler = llama.scheduler(64, room=10_000)
+    scheduler.step_tokens = 16
+    for _ in range(30):
+        finish(scheduler, [llama.ask(0, 1)])
+    assert scheduler.step_tokens == 64
+
+
+def test_a_choice_that_fails_ends_its_own_answer(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = llama.scheduler(64, room=10_000)
+    good, bad = llama.ask(0, 1), llama.ask(0, 2)
+
+    def push(_token: int) -> str:
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(bad.text, "push", push)
+    finish(scheduler, [good, bad])
+    assert good.new == llama.alone[0, 1]
+    assert bad.failed
+
+
+def test_stacks_are_dropped_with_most_of_their_adapters(llama: Case) -> None:
+    scheduler = llama.scheduler(10_000, room=10_000)
+    asked = [llama.ask(who, 1) for who in (1, 2, 3)]
+    for one in asked[1:]:
+        one.request = replace(one.request, sampling=Sampling(3))
+    finish(scheduler, asked[:])
+    assert scheduler.model.routing._adapters == []
+    finish(scheduler, [llama.ask(1, 1)])
+    assert scheduler.model.routing._stacks == {}
 
 
 def test_answers_come_and_go_at_any_step(llama: Case) -> None:

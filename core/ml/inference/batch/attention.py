@@ -57,9 +57,12 @@ def _attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """[1, heads, tokens, width] of each -> [1, tokens, heads, width]."""
+    if s_aux is not None:
+        raise NotImplementedError("attention sinks")
     made = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
     for start, end, cache in spans:
         past, last = cache.length, cache.length + end - start

@@ -20,10 +20,8 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Its parts by the names of the model's layers. `digest` names its content, and is no part of a comparison: two in
-    memory are two."""
+    """Its parts by the names of the model's layers. Two in memory are two, whatever they hold."""
 
-    digest: str
     pairs: Mapping[str, Pair]
 
 
@@ -40,7 +38,7 @@ class Routing:
 
     Stretches follow one another from the first token on. Where they are alike in length, as when every answer reads its
     last token, the adapters are stacked and multiplied together, which takes a quarter of the time of one after the
-    other. The stacks are kept while the same adapters follow one another.
+    other. The stacks are kept while the same adapters follow one another, and dropped with most of them.
     """
 
     def __init__(self) -> None:
@@ -59,6 +57,8 @@ class Routing:
         most = max(lengths, default=0)
         self.together = len(stretches) > 1 and most * len(stretches) <= _FILLED_UP * sum(lengths)
         if not self.together:
+            if len(stretches) * 2 <= len(self._adapters):
+                self.forget()
             return
         if (adapters := [one.adapter for one in stretches]) != self._adapters:
             self._adapters, self._stacks = adapters, {}
@@ -67,6 +67,10 @@ class Routing:
             rows = [number * most + row for number, length in enumerate(lengths) for row in range(length)]
             self.places = torch.tensor(places, device=device)
             self.rows = torch.tensor(rows, device=device)
+
+    def forget(self) -> None:
+        """Drop the stacks: they take as much memory again as the adapters, and keep these from being dropped."""
+        self._adapters, self._stacks = [], {}
 
     def added(self, name: str, x: Tensor) -> Tensor | None:
         """What the adapters add to the rows [tokens, inputs] of their stretches; None where none has this layer."""

@@ -86,6 +86,11 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
             for key in file.keys():  # noqa: SIM118 - it is no dict
                 layer, kind = _place(key)
                 found.setdefault(layer, {})[kind] = file.get_tensor(key)
+        size = sum(tensor.numel() for parts in found.values() for tensor in parts.values())
+        if size * torch.float32.itemsize != source.bytes:
+            raise Conflict(
+                "adapter_mismatch", f"The files of {source.name} are not those that were looked at."
+            )
     except FileNotFoundError as error:
         why = "it was deleted, or a newer checkpoint took its place"
         raise NotFound("adapter_missing", f"The files of {source.name} are gone: {why}.") from error
@@ -96,7 +101,7 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
         pairs[layer] = Pair(a.T.contiguous(), scaled.T.contiguous())
     if not any(bool(pair.b.any()) for pair in pairs.values()):
         raise Conflict("adapter_inert", f"Adapter {source.name} changes nothing: every lora_B is zero.")
-    return Adapter(source.digest, pairs)
+    return Adapter(pairs)
 
 
 def _shapes(name: str, folder: Path) -> dict[str, tuple[int, ...]]:
@@ -208,10 +213,14 @@ class Adapters:
 
     def _make_room(self, size: int) -> bool:
         idle = [digest for digest, place in self._places.items() if not place.users and place.reading.done()]
-        for digest in idle:
-            if self._room >= size:
-                break
-            self._drop(digest)
+        # Where all of them are not enough none is dropped, but for one that is to be served alone.
+        if self._room + sum(self._places[digest].bytes for digest in idle) >= size or len(idle) == len(
+            self._places
+        ):
+            for digest in idle:
+                if self._room >= size:
+                    break
+                self._drop(digest)
         # One that is larger than the whole budget is served alone.
         return self._room >= size or not self._places
 

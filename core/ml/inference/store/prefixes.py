@@ -16,8 +16,8 @@ BLOCK = 32
 class Prefixes:
     """Blocks of tokens by everything before and in them; those that were not used for longest make room.
 
-    A `root` names what else the numbers depend on (base model, precision, adapter, project): nothing is ever shared
-    between two of them.
+    A `root` names what else the numbers depend on (base model, adapter, project; the precision is the engine's): nothing
+    is ever shared between two of them.
     """
 
     def __init__(self, budget: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.ml.inference.batch import attention, lora
+from core.ml.inference.batch import attention, lora, packed
 from core.ml.inference.batch.attention import Cache, Span
 from core.ml.inference.batch.lora import Adapter, Routing, Stretch
 
@@ -58,11 +58,13 @@ class Batched:
         self.routing = Routing()
         self._attention = model.config._attn_implementation
         lora.wrap(model, self.routing)
+        packed.pack(model)
         attention.install(model)
 
     def close(self) -> None:
         """Give the model back as it was."""
         self.routing.take((), self.model.device)
+        packed.unpack(self.model)
         lora.unwrap(self.model)
         self.model.set_attn_implementation(self._attention)
 

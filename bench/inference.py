@@ -1,15 +1,18 @@
 """How fast are answers? Graft's engine beside plain transformers and peft, and llama.cpp where it is installed, in one run.
 
-    python -m bench.inference [--requests 8] [--tokens 48] [--context 1500] [--rounds 3] [--bits 16]
+    python -m bench.inference [--requests 8] [--tokens 48] [--context 1500] [--rounds 3] [--bits 16] [--llama PYTHON]
 
 Every figure is new tokens in a second of all requests together, from asking to the last token. All write the same number
 of tokens to the same prompts, the most likely token each time, on SmolLM2 in the same precision; what is compared takes
 turns within each round, and the medians of the rounds are told. Adapters are random, rank 16 on all linear layers.
+`--llama` is an interpreter that has llama-cpp-python: it reads SmolLM2's 4-bit GGUF file on as many threads, one request after
+the other, for it batches no different adapters.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import tempfile
 import threading
 import time
@@ -32,6 +35,20 @@ from core.ml.inference.scheduler import Limits
 from core.ml.prompts import Contract
 from core.ml.quantization import Quantization
 
+LLAMA = """
+import json, sys, time
+from llama_cpp import Llama
+file, threads, count, prompts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+llama = Llama(file, n_ctx=2048, n_threads=threads, verbose=False)
+for _ in sys.stdin:
+    started = time.monotonic()
+    for prompt in prompts:
+        llama.reset()
+        for made, _ in enumerate(llama.generate(prompt, temp=0.0), 1):
+            if made == count:
+                break
+    print(time.monotonic() - started, flush=True)
+"""
 ASK = "Tell me about the number {} and where one meets it, in a few sentences."
 Measure = Callable[[], float]
 
@@ -43,6 +60,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bits", type=int, choices=[4, 16], default=16)
+    parser.add_argument("--llama", help="an interpreter with llama-cpp-python")
     options = parser.parse_args()
     found = settings.load()
     models = Catalogue(found.models_folder, found.models, found.allow_hub)
@@ -54,6 +72,8 @@ def main() -> None:
             bench.run()
         finally:
             bench.engine.close()
+            if bench.llama is not None:
+                bench.llama.communicate()
 
 
 class Bench:
@@ -65,12 +85,12 @@ class Bench:
         self.options, self.name = options, model.name
         precision = base_model.settle(Quantization(bits=options.bits))
         self.contract = contracts.load(model.path)
-        self.asked = [_asked(self.contract, number) for number in range(options.requests)]
-        self.long = [_asked(self.contract, number, options.context) for number in range(options.requests)]
+        self.asked = [asked_of(self.contract, number) for number in range(options.requests)]
+        self.long = [asked_of(self.contract, number, options.context) for number in range(options.requests)]
         self.plain = base_model.load(model, precision).eval()
         self.plain.generation_config = GenerationConfig()
         self.adapters = [
-            _adapter(folder / str(n), model.name, self.plain, n) for n in range(options.requests)
+            adapter_of(folder / str(n), model.name, self.plain, n) for n in range(options.requests)
         ]
         self.peft: Any = PeftModel.from_pretrained(
             base_model.load(model, precision), str(self.adapters[0]), adapter_name="0"
@@ -78,6 +98,16 @@ class Bench:
         for number, adapter in enumerate(self.adapters[1:], 1):
             self.peft.load_adapter(str(adapter), adapter_name=str(number))
         self.peft.get_base_model().generation_config = GenerationConfig()
+        self.llama = None
+        if options.llama:
+            file = str(catalogue.packaged_file(model))
+            asked = [str(torch.get_num_threads()), str(options.tokens), json.dumps(self.asked)]
+            self.llama = subprocess.Popen(
+                [options.llama, "-c", LLAMA, file, *asked],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
         self.engine = Engine(models, precision, Limits(prefix_bytes=0))
         self.names = [f"ad_{number}" for number in range(options.requests)]
         for name, adapter in zip(self.names, self.adapters, strict=True):
@@ -98,6 +128,8 @@ class Bench:
             f"static batch, {self.options.context} tokens before": self.static_late,
             f"engine, {self.options.context} tokens before": lambda: self.served_late(bases),
         }
+        if self.llama is not None:
+            compared["llama.cpp, one after the other"] = self.llama_rate
         for measure in compared.values():
             measure()
         rates: dict[str, list[float]] = {name: [] for name in compared}
@@ -123,6 +155,11 @@ class Bench:
                 f"static batch, {self.options.context} tokens before",
             ),
         ]
+        if self.llama is not None:
+            pairs += [
+                (one, "llama.cpp, one after the other")
+                for one in ("engine, 8 adapters", "engine, one request")
+            ]
         for one, other in pairs:
             print(f"{rates[one] / rates[other]:6.2f} x  {one} : {other}")
 
@@ -150,6 +187,14 @@ class Bench:
                 self.peft.set_adapter(str(number))
             seconds += self.generated(self.plain if names is None else self.peft, [asked], count)
         return len(self.asked) * count / seconds
+
+    def llama_rate(self) -> float:
+        assert self.llama is not None
+        assert self.llama.stdin is not None
+        assert self.llama.stdout is not None
+        self.llama.stdin.write("\n")
+        self.llama.stdin.flush()
+        return len(self.asked) * self.options.tokens / float(self.llama.stdout.readline())
 
     def single(self) -> float:
         return self.options.tokens / self.generated(self.plain, self.asked[:1], self.options.tokens)
@@ -202,7 +247,7 @@ class Bench:
         return len(names) * count / late
 
 
-def _asked(contract: Contract, number: int, tokens: int = 0) -> list[int]:
+def asked_of(contract: Contract, number: int, tokens: int = 0) -> list[int]:
     """A question, with at least so many tokens before it."""
     text = ASK.format(number + 11)
     filler = " ".join(f"{place * 7 % 101}" for place in range(tokens))
@@ -211,7 +256,7 @@ def _asked(contract: Contract, number: int, tokens: int = 0) -> list[int]:
     return ids if not tokens else ids[:4] + ids[-(tokens - 4) :]
 
 
-def _adapter(folder: Path, base: str, model: Any, seed: int) -> Path:
+def adapter_of(folder: Path, base: str, model: Any, seed: int) -> Path:
     torch.manual_seed(seed)
     made = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear")

@@ -11,12 +11,16 @@ from tests.service import Service
 
 
 @contextmanager
-def running() -> Iterator[Service]:
+def running(**environment: str) -> Iterator[Service]:
     offline = os.environ.get("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         service = Service(
             Path(folder) / "home",
-            {"GRAFT_MODELS_DIR": str(settings.load().models_folder), "HF_HUB_OFFLINE": offline},
+            {
+                "GRAFT_MODELS_DIR": str(settings.load().models_folder),
+                "HF_HUB_OFFLINE": offline,
+                **environment,
+            },
         )
         try:
             yield service.start()

@@ -52,6 +52,10 @@ class Settings(BaseSettings):
     engine_url: str = Field("http://127.0.0.1:8001", description="Inference engine with the OpenAI wire.")
     engine_key: SecretStr | None = Field(None, description="Bearer key the engine asks for.")
     engine_bits: int = Field(4, description="Precision of the served base model: 4 (NF4, as trained) or 16.")
+    engine_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="The numbers the engine computes with; float32 gives a seed the same text in any company.",
+    )
     engine_adapter_bytes: int = Field(2**30, ge=1, description="Memory of the engine for adapters.")
     engine_prefix_bytes: int = Field(
         2**28, ge=0, description="Memory of the engine for prompts' beginnings that may come again."

@@ -48,7 +48,11 @@ class Server:
         self.settings = settings
         self.engine = Engine(
             Catalogue(settings.models_folder, settings.models, settings.allow_hub),
-            base_model.settle(Quantization(bits=4 if settings.engine_bits == 4 else 16)),
+            base_model.settle(
+                Quantization(
+                    bits=4 if settings.engine_bits == 4 else 16, compute_dtype=settings.engine_compute_dtype
+                )
+            ),
             Limits(
                 adapter_bytes=settings.engine_adapter_bytes,
                 prefix_bytes=settings.engine_prefix_bytes,

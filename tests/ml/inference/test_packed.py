@@ -34,7 +34,7 @@ def read(batched: Batched) -> torch.Tensor:
 def test_the_numbers_are_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = model(tmp_path, strong.CONFIGURATIONS[kind])
     with monkeypatch.context() as patch:
-        patch.setattr(packed, "pack", lambda _model: None)
+        patch.setattr(packed, "pack", lambda _model: False)
         wanted = read(Batched(copy.deepcopy(plain)))
     batched = Batched(plain)
     assert sum(isinstance(layer, packed._Part) for layer in plain.modules()) > 8
@@ -55,3 +55,19 @@ def test_the_model_is_given_back_as_it_was(tmp_path: Path, tied: bool) -> None:
     assert all(torch.equal(after[name], weights) for name, weights in before.items())
     head, embedded = given.get_output_embeddings().weight, given.get_input_embeddings().weight
     assert (head.data_ptr() == embedded.data_ptr()) == tied
+
+
+def test_products_meet_few_numbers_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps code for each."""
+    batched = Batched(model(tmp_path, strong.CONFIGURATIONS["llama"]))
+    met = set()
+    product = packed._Product.__call__
+
+    def noted(self: Any, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        met.add(x.shape[-2])
+        return product(self, x, **options)
+
+    monkeypatch.setattr(packed._Product, "__call__", noted)
+    for length in range(1, 130):
+        batched.read([Row(batched.cache(130), strong.prompt(length), None, True)])
+    assert met == {*range(1, 17), *range(32, 145, 16)}

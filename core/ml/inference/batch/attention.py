@@ -63,7 +63,7 @@ def _attention(
     """[1, heads, tokens, width] of each -> [1, tokens, heads, width]."""
     if s_aux is not None:
         raise NotImplementedError("attention sinks")
-    made = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+    made = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
     for start, end, cache in spans:
         past, last = cache.length, cache.length + end - start
         keys, values = cache.tensor[module.layer_idx]

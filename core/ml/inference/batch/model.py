@@ -58,7 +58,7 @@ class Batched:
         self.routing = Routing()
         self._attention = model.config._attn_implementation
         lora.wrap(model, self.routing)
-        packed.pack(model)
+        self._packed = packed.pack(model)
         attention.install(model)
 
     def close(self) -> None:
@@ -101,6 +101,11 @@ class Batched:
                 last[place] = len(ids) - 1
             if adapter is not None:
                 stretches.append(Stretch(start, len(ids), adapter))
+        if self._packed:
+            # Tokens that belong to nobody, behind all others.
+            filling = packed.filled_up(len(ids)) - len(ids)
+            ids += [0] * filling
+            places += [0] * filling
         device = self.model.device
         self.routing.take(stretches, device)
         wanted = [last[place] for place, row in enumerate(rows) if row.answered]

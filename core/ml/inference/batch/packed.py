@@ -16,6 +16,7 @@ from core.ml.inference.batch.lora import Layer
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # oneDNN chooses the order by how many rows there will be; that of a few does for all.
 _ROWS = 8
+_EXACT = 16
 
 
 class _Product:
@@ -61,10 +62,16 @@ class _Part(nn.Module):
         return layer
 
 
-def pack(model: Any) -> None:
-    """Change the layers that `lora.wrap` wrapped, and the head, where the processor has units for it."""
+def filled_up(rows: int) -> int:
+    """So many rows are multiplied instead. oneDNN makes and keeps code for every number of rows that it meets, 0.7 MB for
+    each shape of weights: of a thousand numbers it would keep them all."""
+    return rows if rows <= _EXACT else -(-rows // _EXACT) * _EXACT
+
+
+def pack(model: Any) -> bool:
+    """Change the layers that `lora.wrap` wrapped, and the head, where the processor has units for it; whether any was."""
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return
+        return False
     for parent in list(model.modules()):
         layers = {
             name: layer
@@ -80,6 +87,7 @@ def pack(model: Any) -> None:
     head = model.get_output_embeddings()
     if _fits(head):
         model.set_submodule(_name_of(model, head), _parts([head])[0])
+    return any(isinstance(layer, _Part) for layer in model.modules())
 
 
 def unpack(model: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from bench.inference import adapter_of, asked_of
+from bench.answering import adapter_of, asked_of
 from bench.service import running
 from core import settings
 from core.ml import base_model, catalogue

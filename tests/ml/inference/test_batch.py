@@ -215,7 +215,7 @@ def test_stacks_are_dropped_with_most_of_their_adapters(llama: Case) -> None:
     for one in asked[1:]:
         one.request = replace(one.request, sampling=Sampling(3))
     finish(scheduler, asked[:])
-    assert scheduler.model.routing._adapters == []
+    assert scheduler.model.routing._seats == []
     finish(scheduler, [llama.ask(1, 1)])
     assert scheduler.model.routing._stacks == {}
 

@@ -62,11 +62,17 @@ class Engine:
         response = await self._send(target, {"model": target.name, "prompt": prompt, **sampling, **options})
         return _chunks(response)
 
-    async def ready(self) -> bool:
+    async def state(self) -> tuple[bool, dict[str, Any]]:
+        """Whether it works, and what it says of itself: vLLM says nothing."""
         try:
-            return (await self._http.get("/health", timeout=2)).status_code == 200
+            answer = await self._http.get("/health", timeout=2)
         except httpx.HTTPError:
-            return False
+            return False, {}
+        try:
+            said = answer.json()
+        except ValueError:
+            said = None
+        return answer.status_code == httpx.codes.OK, said if isinstance(said, dict) else {}
 
     async def _send(self, target: Target, body: dict[str, Any]) -> httpx.Response:
         if target.path is not None and target.name not in self._loaded:

@@ -24,19 +24,20 @@ def live() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(services: ServicesDep, response: Response) -> dict[str, object]:
-    """200 when every part answers, else 503 with the parts that do not."""
+    """200 when every part answers, else 503 with the parts that do not; `engine`: what it says of itself."""
     names = ["database", "broker", "storage", "workers", "engine"]
-    states = await asyncio.gather(
+    *states, (engine_works, engine) = await asyncio.gather(
         _answers(lambda s: db.check(s.sessions), services),
         _answers(lambda s: s.sender.check(), services),
         _answers(lambda s: s.storage.check(), services),
         _answers(_workers, services),
-        services.engine.ready(),
+        services.engine.state(),
     )
+    states.append(engine_works)
     parts = {name: "ok" if state else "down" for name, state in zip(names, states, strict=True)}
     up = all(states)
     response.status_code = 200 if up else 503
-    return {"status": "ok" if up else "starting or broken", "parts": parts}
+    return {"status": "ok" if up else "starting or broken", "parts": parts, "engine": engine}
 
 
 async def _answers(check: Callable[[Services], None], services: Services) -> bool:

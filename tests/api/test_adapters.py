@@ -288,6 +288,7 @@ def test_ready_names_the_parts_that_are_down(api: Api) -> None:
         "workers": "down",
         "engine": "down",
     }
+    assert answer.json()["engine"] == {}
 
 
 def test_ready_sees_the_broker_and_the_workers(make_api: Callable[..., Api], valkey: Valkey) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 
 from graft_client.client import ApiError, Client
@@ -228,6 +229,26 @@ def test_wrong_module_names_fail_the_job_with_the_right_ones(service: Service, d
     assert job["status"] == "failed"
     assert job["error"]["code"] == "unknown_target_modules"
     assert "q_proj" in job["error"]["hint"]
+
+
+def test_a_killed_engine_is_started_anew_and_that_shows(service: Service) -> None:
+    def ready() -> dict:
+        return dict(httpx.get(f"{service.url}/health/ready").json())
+
+    with service.client() as client:
+        answer = client.generate(prompt="Say hello.", max_new_tokens=4)
+        before = ready()
+        (pid,) = service.pids("worker.inference")
+        os.kill(pid, signal.SIGKILL)
+        until = time.monotonic() + 60
+        states = set()
+        while (now := ready())["parts"]["engine"] != "ok" or now["engine"] == before["engine"]:
+            states.add(now["parts"]["engine"])
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        assert "down" in states
+        assert now["engine"]["started_at"] > before["engine"]["started_at"]
+        assert client.generate(prompt="Say hello.", max_new_tokens=4)["outputs"] == answer["outputs"]
 
 
 def test_broker_down_at_post(tmp_path: Path, tiny_model: Path, valkey: Valkey) -> None:

@@ -170,6 +170,27 @@ def test_an_adapter_is_loaded_anew_after_the_engine_began_anew(served: Served, s
     talking(served.url, talk)
 
 
+def test_it_says_how_it_is_and_since_when(served: Served) -> None:
+    async def talk(engine: Engine) -> None:
+        works, said = await engine.state()
+        assert works
+        if isinstance(served, Vllm):
+            assert said == {}
+            return
+        assert {"started_at", "base_model", "running", "waiting", "adapters"} < set(said)
+        await asyncio.sleep(1)
+        await asyncio.to_thread(served.restart)
+        works, after = await engine.state()
+        assert works
+        assert after["started_at"] > said["started_at"]
+
+    talking(served.url, talk)
+
+
+def test_one_that_is_not_there_does_not_work() -> None:
+    assert talking("http://127.0.0.1:9", lambda engine: engine.state()) == (False, {})
+
+
 def test_an_adapter_that_changes_nothing_is_refused_every_time(served: Served, storage: Path) -> None:
     if isinstance(served, Vllm):
         served.passes_over = True

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,6 +100,7 @@ def create_app() -> FastAPI:
     log.setup(settings.log_level)
     app = FastAPI(title="Graft inference", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = Server(settings)
+    app.state.started_at = datetime.now(UTC)
     app.add_exception_handler(GraftError, _error)
     app.include_router(router)
     app.add_api_route("/health", _health)
@@ -110,7 +112,8 @@ async def _health(request: Request, response: Response) -> dict[str, Any]:
     if engine.broken is not None:
         response.status_code = 503
         return {"status": "broken", "error": engine.broken}
-    return {"status": "ok", **engine.state()}
+    started_at = request.app.state.started_at.isoformat(timespec="seconds")
+    return {"status": "ok", "started_at": started_at, **engine.state()}
 
 
 def _server(request: Request) -> Server:

@@ -134,7 +134,12 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
             earlier["message"] = earlier["message"].rstrip(".") + ", or " + problem["text"] + "."
         else:
             found[problem["field"]] = problem
-    problems = [{k: v for k, v in problem.items() if k != "text"} for problem in found.values()]
+    problems = [
+        {k: v for k, v in problem.items() if k != "text"}
+        for field, problem in found.items()
+        # The branch of a union that understood more of the value tells more than `should be 'auto'`.
+        if problem["code"] != "literal_error" or not any(other.startswith(f"{field}.") for other in found)
+    ]
     first = problems[0]
     return render(
         GraftError(

@@ -92,7 +92,7 @@ def load_at(text: str, start: int, *, depth: int) -> tuple[Any, int]:
     _check_keys(text, start, end, strings)
     if (match := _DOUBTFUL.search(text, start, end)) is not None and (bad := _no_text(value)):
         raise JsonError(
-            "invalid_text", f"The row holds {bad}, which is not text.", "Remove it.", match.start(), end
+            "invalid_text", f"It holds {bad}, which is not text.", "Remove it.", match.start(), end
         )
     return value, end
 

@@ -13,25 +13,30 @@ from pathlib import Path
 
 from worker.context import Context
 
-# An engine finishes the answers it has begun; after so long the training begins beside it.
-_PATIENCE_SECONDS = 60.0
 _LOOK_SECONDS = 0.05
 
 
-def needed(context: Context) -> AbstractContextManager[Callable[[], None]]:
-    """`taking` where this worker has a GPU; a CPU's memory is enough for both."""
-    return taking(context.settings.home) if context.device.get("cuda") else nullcontext(lambda: None)
+def needed(context: Context, patience: float | None = None) -> AbstractContextManager[Callable[[], None]]:
+    """`taking`, for as long as an answer may take, unless this worker is known to have no GPU: a CPU's memory is enough for
+    both."""
+    if context.device.get("cuda") is False:
+        return nullcontext(lambda: None)
+    longest = context.settings.engine_answer_seconds if patience is None else patience
+    return taking(context.settings.home, longest, context.stopping.is_set)
 
 
 @contextmanager
-def taking(home: Path, patience: float = _PATIENCE_SECONDS) -> Iterator[Callable[[], None]]:
+def taking(
+    home: Path, patience: float, leave: Callable[[], bool] = lambda: False
+) -> Iterator[Callable[[], None]]:
     """Have the engine of this machine give its memory back, and keep it from coming back, until the result is called:
-    when all the memory is taken that will be."""
+    when all the memory is taken that will be. An engine finishes the answers it has begun: it is waited for for
+    `patience` seconds, or until somebody has to `leave`."""
     lock = _Lock(home / "device" / "taking")
     lock.hold()
     try:
         until = time.monotonic() + patience
-        while _taken(home / "device" / "answering") and time.monotonic() < until:
+        while _taken(home / "device" / "answering") and time.monotonic() < until and not leave():
             time.sleep(_LOOK_SECONDS)
         yield lock.give_back
     finally:

@@ -24,6 +24,10 @@ _SILENCE_SECONDS = 60
 _BUSY = {"unknown": "No worker is free."}
 _LEAVING = {"unknown": "The worker shuts down."}
 _TOGETHER = {"unknown": "The worker trains in several processes at once, which is not measured beforehand."}
+_TOO_LARGE = {
+    "unknown": "It takes more memory than there is. A job would go on with half the rows at a time, as often as there are "
+    "any to halve, and fail then."
+}
 # Two runs at once would be measured on half a device each.
 _alone = threading.Lock()
 
@@ -57,8 +61,9 @@ def _found(context: Context, asked: Probe, seconds: float) -> dict[str, Any]:
     try:
         shutil.rmtree(work, ignore_errors=True)  # of a worker that died over the same question
         work.mkdir(parents=True)
-        with device.needed(context):
-            return _measured(context, artifacts.fetch_run(context, asked, work), until)
+        run = artifacts.fetch_run(context, asked, work)
+        with device.needed(context, until - time.monotonic()):
+            return _measured(context, run, until)
     except GraftError as error:
         return {"error": error.as_dict() | {"param": error.param}}
     except Exception as error:
@@ -82,5 +87,7 @@ def _measured(context: Context, run: Run, until: float) -> dict[str, Any]:
     finally:
         trainer.close()
     if not found and trainer.exit_code == -signal.SIGKILL:
-        return {"error": OutOfMemory().as_dict() | {"param": None}}  # the system ends what takes too much
+        return _TOO_LARGE  # the system ends what takes too much
+    if found.get("error", {}).get("code") == OutOfMemory().code:
+        return _TOO_LARGE
     return found or {"unknown": f"The probe's process ended with exit code {trainer.exit_code}."}

@@ -190,7 +190,9 @@ def _by_earlier_jobs(services: Services, answer: PreflightOut, planned: Plan, ro
         return
     evaluations, _ = plan.pauses(planned, rows)
     answer.seconds_per_step = tokens / pace.steps
-    answer.eta_seconds = planned.total_steps * answer.seconds_per_step + max(evaluations, 1) * pace.pause
+    answer.eta_seconds = (
+        planned.total_steps * answer.seconds_per_step + (evaluations or planned.total_steps) * pace.pause
+    )
     if evaluations:
         answer.eta_seconds += evaluations * plan.validation_tokens(rows) / pace.evaluation
 

@@ -226,8 +226,8 @@ def test_where_nothing_is_measured_earlier_jobs_alike_tell_the_seconds(api: Api)
             attempts.succeed(session, job.id, fence, rows.adapter(api.project_id, job.id))
     found = asked(api, [pair(0), pair(1)], training=training)
     assert found["seconds_per_step"] == pytest.approx(found["tokens"]["total"] / 50)
-    # 5 s of those jobs went into their checkpoints.
-    assert found["eta_seconds"] == pytest.approx(10 * found["seconds_per_step"] + 5)
+    # 5 s of the one step of those jobs went into its checkpoint.
+    assert found["eta_seconds"] == pytest.approx(10 * (found["seconds_per_step"] + 5))
     assert found["not_measured"] == "No worker is free."
 
 

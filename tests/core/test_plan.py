@@ -103,3 +103,16 @@ def test_a_plan_leaves_no_auto() -> None:
 
 def test_steps_do_not_depend_on_the_layout() -> None:
     assert {planned(free, training={"epochs": 2}).total_steps for free in (20, 2.2, 0.1)} == {10}
+
+
+@pytest.mark.parametrize(
+    ("count", "effective", "tokens"),
+    [(40, 8, 80), (9, 8, 45), (5, 8, 50), (40, 64, 400), (20, 16, 100)],
+)
+def test_the_tokens_of_a_step_are_those_of_an_epoch_over_its_steps(
+    count: int, effective: int, tokens: float
+) -> None:
+    lengths, lines, trained = array("i", [10] * count), array("q", range(count)), array("i", [5] * count)
+    rows = Rows(Tokenised(2048, lengths=lengths, lines=lines, trained=trained), range(count), [], None, [])
+    spec = settle(Spec.model_validate({"training": {"effective_batch_size": effective}}))
+    assert plan.tokens_of_step(spec, rows) == tokens

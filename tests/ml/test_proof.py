@@ -24,6 +24,7 @@ from core.ml.proof import checks, evaluate, loading, measure, questions
 from core.ml.proof.evaluate import Evaluation, Side
 from core.ml.proof.measure import Losses
 from core.ml.scores.choice import Row
+from core.ml.scores.metrics import Scored
 from core.ml.training import data
 from core.ml.training.run import Run
 from tests import tiny
@@ -173,6 +174,14 @@ def test_of_few_rows_nothing_is_said() -> None:
     verdict = evaluate.verdict(found)
     assert verdict["better"] is None
     assert "few validation rows" in verdict["words"]
+
+
+def test_a_score_of_few_rows_does_not_decide() -> None:
+    few = Scored("json_valid", 0.0, 1.0, 1.0, (1.0, 1.0), rows=1, left_out=19)
+    found = Evaluation(side(2.0, 2.0), side(2.5, 2.5), list(range(20)), 3.0, [few], 20)
+    assert evaluate.verdict(found)["better"] == "worse"  # by the loss
+    many = few._replace(rows=5, left_out=15)
+    assert evaluate.verdict(replace(found, scores=[many]))["better"] == "better"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import allclose
 
+from core import log
 from core.errors import BadRequest
 from core.ml.training import plan
 from core.ml.training.config import Spec, settle
@@ -134,7 +135,8 @@ def test_two_processes_stop_resume_and_end_together(
 def test_a_fault_of_one_process_is_no_lack_of_memory(
     few: MakeRun, start: Callable[[Run], spawn.Child]
 ) -> None:
-    process = start(in_two(few("broken", **NF4)))
+    run = in_two(few("broken", **NF4))
+    process = start(run)
 
     def break_one(at: int) -> None:
         if at == 2:
@@ -145,6 +147,7 @@ def test_a_fault_of_one_process_is_no_lack_of_memory(
     told = watched(process, break_one)
     assert process.exit_code == 1
     assert not {kind for kind, _ in told} & {"done", "stopped", "again", "error"}
+    assert "Segmentation fault" in (run.work / log.FILE).read_text()
 
 
 @pytest.mark.parametrize(

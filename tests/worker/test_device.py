@@ -119,6 +119,17 @@ def test_a_training_does_not_wait_for_ever(engine: Engine, home: Path) -> None:
     trainer.end()
 
 
+def test_a_worker_that_leaves_does_not_wait(engine: Engine, home: Path) -> None:
+    gone, leaving = threading.Event(), threading.Event()
+    ask(engine, tiny.NAME, PROMPT, Sampling(900, logit_bias={2: -100.0}), gone.is_set)
+    wait_until(lambda: engine.state()["running"], "it is being written")
+    threading.Timer(0.2, leaving.set).start()
+    began = time.monotonic()
+    with device.taking(home, 60, leaving.is_set):
+        assert time.monotonic() - began < 10
+    gone.set()
+
+
 def test_a_killed_training_holds_nothing(engine: Engine, home: Path) -> None:
     trainer = Trainer(home)
     assert trainer.said() == "taking"
@@ -148,12 +159,14 @@ def test_a_model_for_which_there_is_no_memory_is_said(
     assert ask(engine, tiny.NAME, PROMPT, Sampling(4)).wait().tokens
 
 
-def test_only_a_worker_with_a_gpu_takes(context: Context) -> None:
+@pytest.mark.parametrize("known", [{}, {"cuda": True}])
+def test_only_a_worker_that_has_no_gpu_does_not_take(context: Context, known: dict[str, bool]) -> None:
+    """One that has just been started does not know yet."""
     shared = device.Shared(context.settings.home)
-    with device.needed(context):
+    with device.needed(replace(context, device={"cuda": False})):
         assert not shared.wanted()
     began = time.monotonic()
-    with device.needed(replace(context, device={"cuda": True})) as settled:
+    with device.needed(replace(context, device=known)) as settled:
         assert shared.wanted()
         settled()
         assert not shared.wanted()

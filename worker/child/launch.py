@@ -5,6 +5,7 @@ the worker, and the worker's "stop" goes to every rank. The ranks end when this 
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -24,6 +25,8 @@ from core.errors import GraftError
 from core.ml.training.loop.reporter import Report
 from core.ml.training.run import Run
 from worker.child.parent import end_with_parent
+
+logger = logging.getLogger(__name__)
 
 ADDRESS, KEY = "TRAINING_RANKS_ADDRESS", "TRAINING_RANKS_KEY"
 # How a rank's work ends; after its last word it waits to be let go.
@@ -58,7 +61,8 @@ def train(run: Run, job_id: str, report: Report, stop: Callable[[], bool]) -> No
             _meet(ranks, run, job_id, server, key, launcher)
         ending = _ending(ranks, report, stop)
         if ending is None and (broken := _faults(folder)):
-            raise SystemExit(f"a training process broke: {broken}")
+            logger.error("A training process broke: %s", broken)
+            raise SystemExit(1)
     if ending is None:
         # Every error would have been told, and every fault written down.
         os.kill(os.getpid(), signal.SIGKILL)

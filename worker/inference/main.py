@@ -173,10 +173,20 @@ async def _told(
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[int, Piece | Finish | GraftError]] = asyncio.Queue()
     gone = threading.Event()
+    held: list[tuple[int, Piece | Finish | GraftError]] = []
 
     def tell(index: int, item: Piece | Finish | GraftError) -> None:
-        with contextlib.suppress(RuntimeError):  # the server has stopped
-            loop.call_soon_threadsafe(queue.put_nowait, (index, item))
+        held.append((index, item))
+        # Waking the server for every token of an answer that nobody reads before its end takes time from the engine.
+        if body.stream or not isinstance(item, Piece):
+            news = list(held)
+            held.clear()
+            with contextlib.suppress(RuntimeError):  # the server has stopped
+                loop.call_soon_threadsafe(pass_on, news)
+
+    def pass_on(news: list[tuple[int, Piece | Finish | GraftError]]) -> None:
+        for one in news:
+            queue.put_nowait(one)
 
     unfinished, looked = body.n, time.monotonic()
     try:

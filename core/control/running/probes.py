@@ -12,8 +12,10 @@ from core.control.tables import Job, JobKind, JobMetric, JobStatus, Probe, new_i
 
 # Nobody waits longer for an answer.
 PATIENCE_SECONDS = 120.0
-# So many earlier jobs are looked at for some alike, and so many of them are taken.
+# So many earlier jobs are looked at for some alike, so many of them are taken, and of each the pace of so
+# many steps.
 _EARLIER, _ALIKE = 50, 5
+_STEPS = 50
 # So far a step's tokens may be from those asked for.
 _NEAR = 0.25
 
@@ -62,7 +64,7 @@ def forget(session: Session, probe_id: str) -> None:
 
 class Pace(NamedTuple):
     """Tokens per second of `steps` and of an `evaluation`; seconds of a `pause`: what an evaluation brings beside, its
-    samples and the checkpoints until the next."""
+    samples and the checkpoints until the next; without evaluations, what a step brings."""
 
     steps: float
     evaluation: float
@@ -89,14 +91,16 @@ def _is_near(job: Job, tokens: float) -> bool:
 
 
 def _pace(session: Session, job: Job) -> Pace:
-    rows = list(session.scalars(select(JobMetric.values).where(JobMetric.job_id == job.id)))
-    steps = median(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
-    evaluated = [row for row in rows if row.get("eval_seconds")]
+    rows = select(JobMetric.values).where(JobMetric.job_id == job.id)
+    latest = session.scalars(rows.order_by(JobMetric.step.desc()).limit(_STEPS))
+    steps = median(row["tokens_per_second"] for row in latest if "tokens_per_second" in row)
+    seconds_of = JobMetric.values["eval_seconds"].as_float()
+    evaluated = list(session.scalars(rows.where(seconds_of > 0)))
     seconds = sum(row["eval_seconds"] for row in evaluated)
     rest = job.metrics["train_seconds"] - job.metrics["tokens"] / steps - seconds
     # Forward alone is half of a step where the weights learn nothing themselves.
     evaluation = sum(row["eval_tokens"] for row in evaluated) / seconds if seconds else 2 * steps
-    return Pace(steps, evaluation, max(rest, 0.0) / max(len(evaluated), 1))
+    return Pace(steps, evaluation, max(rest, 0.0) / (len(evaluated) or job.step))
 
 
 def _work(spec: dict[str, Any]) -> list[Any]:

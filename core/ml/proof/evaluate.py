@@ -240,7 +240,7 @@ def _better(found: Evaluation) -> tuple[Better | None, str]:
     if len(found.kept) < _FEWEST_ROWS:
         return None, "So few validation rows cannot tell whether it is better than its base model."
     telling = next((scored for scored in found.scores if scored.name != "rouge_l"), None)
-    if telling is None or (found.scores[0].name == "rouge_l"):
+    if telling is None or telling.rows < _FEWEST_ROWS or found.scores[0].name == "rouge_l":
         low, high = -loss.interval[1], -loss.interval[0]
     else:
         low, high = telling.interval

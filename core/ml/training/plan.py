@@ -169,9 +169,9 @@ def trained_rows(spec: Spec, rows: Rows) -> int:
 
 
 def tokens_of_step(spec: Spec, rows: Rows) -> float:
-    """That an optimizer step reads, in the mean."""
+    """That an optimizer step reads, in the mean: the last of an epoch may read fewer."""
     read = sum(rows.data.lengths[place] for place in rows.train)
-    return read / trained_rows(spec, rows) * spec.training.effective_batch_size
+    return read / steps_per_epoch(spec, trained_rows(spec, rows))
 
 
 def _limit(spec: Spec, rows: Rows) -> int:

@@ -70,7 +70,8 @@ def measure(run: Run) -> dict[str, Any]:
     needed = _peak() - before + memory.growth(planned.total_steps, cuda=torch.cuda.is_available())
     usual = fed[:: max(len(fed) // (_USUAL_STEPS * effective), 1)][: _USUAL_STEPS * effective]
     trainer, watch = trained(usual, _USUAL_STEPS)
-    read = sum(rows.data.lengths[place] for pack in usual for place in pack)
+    # With few rows, several times the same.
+    read = next(log["num_tokens"] for log in reversed(trainer.state.log_history) if "num_tokens" in log)
     seconds_per_step = watch.seconds * plan.tokens_of_step(planned.spec, rows) / read
     evaluations, saves = plan.pauses(planned, rows)
     training_seconds = planned.total_steps * seconds_per_step + saves * watch.saving

@@ -92,10 +92,11 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
         trainer.watchdog = guard.Watchdog(report, progress, spec, run.recoveries, _line_of(rows))
         for callback in (
             progress,
+            # Before the first step is reported: the memory of the run is taken then.
+            heap.Heap(before, planned.memory_bytes),
             Reporter(report, stop, progress, partial(saving.describe, contract, run.model)),
             trainer.watchdog,
             sampler,
-            heap.Heap(before, planned.memory_bytes),
         ):
             trainer.add_callback(callback)
         report("phase", phase="training")

@@ -29,7 +29,7 @@ def seal(folder: Path, processes: int = 1, *, sharded: bool = False) -> list[Fil
 
 
 def check(folder: Path, *, sharded: bool) -> None:
-    """Refuse one that processes which share the model made, or did not, unlike these; how many they were does not matter.
+    """Refuse a checkpoint made with another sharding than this run's; by how many processes does not matter.
 
     Raises:
         GraftError: `checkpoint_of_other_sharding`.

@@ -88,7 +88,10 @@ class Trainer(SFTTrainer):
         labels = inputs["labels"][..., 1:]
         result = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = int((labels >= 0).sum())
-        sums = [float(result[0]) * tokens, tokens, inputs["input_ids"].numel()]
+        read = (
+            int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+        )
+        sums = [float(result[0]) * tokens, tokens, read]
         self._total += torch.tensor(sums, dtype=torch.float64)
         return result
 

@@ -164,7 +164,7 @@ def _take(
             (data, uploader.submit(artifacts.store_checkpoint, context, attempt.job, data))
         )
     else:
-        if kind in ("first_step", "settled"):
+        if kind == "first_step":
             attempt.settled()
         attempt.training = attempt.training or (kind, data.get("phase")) == ("phase", "training")
         attempt.reports.append((kind, data))

@@ -85,9 +85,8 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], report: Report, stop
         if stop():
             raise _StoppedError
         if time.monotonic() - told > _ALIVE_SECONDS:
-            # The first time, base and adapter are there and have been computed with.
-            report("alive" if told else "settled")
             told = time.monotonic()
+            report("alive")
 
     with _reporting(report, run.work, facts.get("job_id")):
         try:

@@ -97,11 +97,13 @@ class Engine:
 
     async def _load(self, target: Target, prompt: list[int]) -> None:
         """Have the engine know an adapter, and see that it is at work."""
-        async with self._loading[target.name]:
-            if target.name not in self._loaded:
-                await self._load_once(target, prompt)
-                self._loaded.add(target.name)
-        self._loading.pop(target.name, None)
+        try:
+            async with self._loading[target.name]:
+                if target.name not in self._loaded:
+                    await self._load_once(target, prompt)
+                    self._loaded.add(target.name)
+        finally:
+            self._loading.pop(target.name, None)
 
     async def _load_once(self, target: Target, prompt: list[int]) -> None:
         asked = {"lora_name": target.name, "lora_path": target.path, "base_model_name": target.base_model}
@@ -172,7 +174,12 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
                 return
             if not line.startswith("data: "):
                 continue
-            chunk: dict[str, Any] = json.loads(line[6:])
+            try:
+                chunk: dict[str, Any] = json.loads(line[6:])
+            except ValueError as error:
+                raise GraftError(
+                    "engine_error", "The inference engine answered no JSON.", status=502
+                ) from error
             if "error" in chunk:
                 raise GraftError(*_said(chunk), status=502)
             yield chunk
@@ -228,7 +235,7 @@ def _not_loaded(target: Target, status: int, text: str) -> GraftError:
         return Conflict(
             "rank_not_served", f"The inference engine refuses {target.name}: {message}", hint=hint
         )
-    if code != "engine_error":
+    if code != "engine_error" and status in _PASSED_ON:
         return NotFound(code, message) if status == _NOT_FOUND else GraftError(code, message, status=status)
     return GraftError(
         "adapter_not_loaded",

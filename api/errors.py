@@ -14,6 +14,7 @@ from core.errors import GraftError, nearest
 
 logger = logging.getLogger(__name__)
 
+_UNPROCESSABLE = 422
 # As many problems as one answer names.
 _LISTED = 50
 # What peft and transformers call our fields.
@@ -67,9 +68,15 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(unavailable, _database_error)
 
 
-def _graft_error(_request: Request, error: Exception) -> JSONResponse:
+def _graft_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, GraftError)
+    error.status = _status(request, error.status)
     return render(error)
+
+
+def _status(request: Request, status: int) -> int:
+    """OpenAI's clients know a wrong request by 400."""
+    return 400 if status == _UNPROCESSABLE and request.url.path.startswith("/v1/") else status
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -145,8 +152,7 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
         GraftError(
             "invalid_request",
             first["message"],
-            # OpenAI's clients know a wrong request by 400.
-            status=400 if request.url.path.startswith("/v1/") else 422,
+            status=_status(request, _UNPROCESSABLE),
             param=first["field"],
             hint=first["hint"],
             errors=problems[:_LISTED],

@@ -209,11 +209,12 @@ class Soak:
             self.report.done["turned away"] += 1
             await asyncio.sleep(draw.random() * 0.1)
             return
+        chunks = _chunks(response, stream=stream)
         self.report.done["streamed" if stream else "whole"] += 1
         changed = before % 2 or self.changes[name or ""] != before
         versions = range(_VERSIONS) if changed else [self.version[name] if name else 0]
         right = [self.canaries.tokens[name, version, number] for version in versions]
-        if self.exact and not self._same(_chunks(response, stream=stream), right, by_tokens=told):
+        if self.exact and not self._same(chunks, right, by_tokens=told):
             self.report.wrong.append(
                 f"{name} in {list(versions)}, prompt {number}: {response.text}; and not {right}"
             )
@@ -317,7 +318,9 @@ def _chunks(response: httpx.Response, *, stream: bool) -> list[dict[str, Any]]:
         return [response.json()]
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert lines[-1] == "[DONE]", response.text
-    return [json.loads(line) for line in lines[:-1]]
+    chunks = [json.loads(line) for line in lines[:-1]]
+    assert not any("error" in chunk for chunk in chunks), response.text
+    return chunks
 
 
 if __name__ == "__main__":

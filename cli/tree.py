@@ -42,6 +42,8 @@ def plan(settings: Settings, key: str) -> tuple[dict[str, str], dict[str, list[s
             port,
             "--log-level",
             "warning",
+            "--timeout-graceful-shutdown",
+            "5",
         ]
     programs["worker"] = [
         *PYTHON,

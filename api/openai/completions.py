@@ -21,6 +21,8 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
 
 # OpenAI's own.
 _NEW_TOKENS = 16
+# Of a request's prompts: all of them at once would fill the engine's queue for everybody.
+_AT_ONCE = 4
 
 
 @router.post("/completions", response_model=None)
@@ -41,8 +43,20 @@ async def completions(
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
         )
 
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(ids: list[int]) -> dict[str, Any]:
+        async with places:
+            return await services.engine.complete(served.target, ids, asked)
+
     async def everyone() -> list[dict[str, Any]]:
-        return await asyncio.gather(*(services.engine.complete(served.target, ids, asked) for ids in prompts))
+        tasks = [asyncio.create_task(one(ids)) for ids in prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            # Where one failed, nobody reads the others.
+            for task in tasks:
+                task.cancel()
 
     answers = await while_listening(request, everyone())
     choices = [choice for answer in answers for choice in answer["choices"]]

@@ -1,5 +1,6 @@
 """What is known of a base model before it is loaded."""
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,10 @@ from core.ml.catalogue import Catalogue
 from core.ml.inference.batch.lora import linear_layers
 from core.ml.inference.batch.model import supported
 from core.ml.inference.sampling import Sampling
+
+# While they build a model, transformers and peft change the whole process: the default dtype, what ties weights, how
+# parameters are made. A model that is built meanwhile comes out wrong, and the change may stay.
+BUILDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ def look(models: Catalogue, name: str) -> Base:
     config = AutoConfig.from_pretrained(model.path)
     layers = {}
     if supported(config):
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             found = linear_layers(AutoModelForCausalLM.from_config(config))
         layers = {name: (layer.out_features, layer.in_features) for name, layer in found.items()}
     contract = contracts.load_cached(model.path)
@@ -60,7 +65,8 @@ def load(models: Catalogue, name: str, precision: Precision) -> Any:
         GraftError: `device_full`, 503; or why it cannot be loaded.
     """
     try:
-        model = base_model.load(catalogue.find(models, name), precision).eval()
+        with BUILDING:
+            model = base_model.load(catalogue.find(models, name), precision).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:
         message = f"There is no memory for {name} beside what runs on this machine."
         raise GraftError("device_full", message, status=503) from error

@@ -22,6 +22,7 @@ from transformers import (
 
 from core.errors import Conflict, GraftError
 from core.ml.inference.answering import Answering
+from core.ml.inference.bases import BUILDING
 from core.ml.inference.sampling import Sampler
 from core.ml.inference.store.adapters import Source
 
@@ -75,7 +76,8 @@ def _unload(model: Any, adapted: PeftModel) -> None:
 
 def _adapted(model: Any, source: Source) -> PeftModel:
     try:
-        adapted = PeftModel.from_pretrained(model, str(source.folder)).eval()
+        with BUILDING:
+            adapted = PeftModel.from_pretrained(model, str(source.folder)).eval()
     except (RuntimeError, ValueError) as error:
         raise Conflict(
             "adapter_mismatch", f"Adapter {source.name} does not fit {source.base}: {error}"

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from core.ml.base_model import Precision
 from core.ml.catalogue import Catalogue
 from core.ml.inference import bases, compat
 from core.ml.inference.answering import Answering, Request, Told, device_busy, failed, unavailable
+from core.ml.inference.bases import Base
 from core.ml.inference.batch.lora import Adapter
 from core.ml.inference.batch.model import Batched
 from core.ml.inference.sampling import Sampling
@@ -64,7 +65,8 @@ class Engine:
         self._shared = shared
         self.broken: str | None = None
         self._catalogue, self._precision, self._broke = models, precision, broke
-        self._base = cache(partial(bases.look, models))
+        self._bases: dict[str, Base] = {}
+        self._looking = threading.Lock()
         self._sources: dict[str, Source] = {}
         self._adapters = Adapters(self.limits.adapter_bytes, self._read, self._wake)
         self._prefixes = Prefixes(self.limits.prefix_bytes)
@@ -88,6 +90,14 @@ class Engine:
             FileNotFoundError: a file is missing.
         """
         self._sources[name] = adapters.look(name, base, folder, self._base(base).layers)
+
+    def _base(self, name: str) -> Base:
+        """Looked at once, however many ask at a time."""
+        if name not in self._bases:
+            with self._looking:
+                if name not in self._bases:
+                    self._bases[name] = bases.look(self._catalogue, name)
+        return self._bases[name]
 
     def knows(self, name: str) -> bool:
         """Whether a completion can name this: a registered adapter, or a base model that is here."""

@@ -3,13 +3,14 @@
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPTNeoXConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from core.errors import BadRequest, Conflict, GraftError, NotFound
 from core.ml.catalogue import Catalogue
@@ -404,3 +405,30 @@ def test_an_architecture_that_is_not_allowed_is_served_one_at_a_time(
     gone.set()
     assert reason(long) == "cancelled"
     assert len(long.tokens) < 400
+
+
+def test_while_a_model_is_built_no_other_is(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers changes the default dtype of the whole process meanwhile."""
+    building, looked = threading.Lock(), []
+
+    def alone(build: Any) -> Any:
+        def built(*args: Any, **options: Any) -> Any:
+            assert building.acquire(blocking=False), "two are built at a time"
+            looked.append(build.__name__)
+            time.sleep(0.1)
+            try:
+                return build(*args, **options)
+            finally:
+                building.release()
+
+        return built
+
+    for name in ("from_config", "from_pretrained"):
+        monkeypatch.setattr(AutoModelForCausalLM, name, alone(getattr(AutoModelForCausalLM, name)))
+    engine = make_engine()
+    names = [tiny.NAME, "tests/other"] * 4
+    with ThreadPoolExecutor(len(names)) as together:
+        heard = together.map(lambda name: ask(engine, name, strong.prompt(20), Sampling(4)).wait(), names)
+        assert all(len(one.tokens) >= 1 for one in heard)
+    assert looked.count("from_config") == 2
+    assert torch.get_default_dtype() == torch.float32

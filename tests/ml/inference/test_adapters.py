@@ -118,6 +118,17 @@ def test_what_has_no_place_is_refused(
     assert caught.value.code == "adapter_mismatch"
 
 
+def test_other_weights_under_the_same_files_are_refused(
+    base: Path, layers: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    folder = strong.adapter(tmp_path / "ad", base, 0)
+    source = adapters.look("ad", tiny.NAME, folder, layers)
+    adapters.read(source, torch.device("cpu"), torch.float32)
+    strong.adapter(folder, base, 1)  # as many bytes
+    with pytest.raises(Conflict, match="not those that were looked at"):
+        adapters.read(source, torch.device("cpu"), torch.float32)
+
+
 def test_a_broken_file_is_refused(good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path) -> None:
     folder = copied(tmp_path / "bad", good)
     file = folder / "adapter_model.safetensors"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,12 +65,12 @@ def look(name: str, base: str, folder: Path, layers: Mapping[str, tuple[int, int
     apart |= any(_place(key)[0].endswith(_ENDS) for key in shapes)
     if not apart:
         _check(name, base, shapes, layers)
-    digest = hashlib.sha256()
+    hashes = []
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         with (folder / file).open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            hashes.append(hashlib.file_digest(stream, "sha256").digest())
     size = sum(torch.Size(shape).numel() for shape in shapes.values()) * torch.float32.itemsize
-    return Source(name, base, folder, digest.hexdigest(), apart, size)
+    return Source(name, base, folder, _digest(hashes), apart, size)
 
 
 def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
@@ -82,18 +82,17 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        config = json.loads((source.folder / "adapter_config.json").read_text())
-        # `safe_open` keeps 2 KB for ever of each file that tensors were taken from.
-        for key, tensor in safetensors.torch.load(
-            (source.folder / "adapter_model.safetensors").read_bytes()
-        ).items():
-            layer, kind = _place(key)
-            found.setdefault(layer, {})[kind] = tensor.to(device)
-        size = sum(tensor.numel() for parts in found.values() for tensor in parts.values())
-        if size * torch.float32.itemsize != source.bytes:
+        settings = (source.folder / "adapter_config.json").read_bytes()
+        weights = (source.folder / "adapter_model.safetensors").read_bytes()
+        if _digest([hashlib.sha256(data).digest() for data in (weights, settings)]) != source.digest:
             raise Conflict(
                 "adapter_mismatch", f"The files of {source.name} are not those that were looked at."
             )
+        config = json.loads(settings)
+        # `safe_open` keeps 2 KB for ever of each file that tensors were taken from.
+        for key, tensor in safetensors.torch.load(weights).items():
+            layer, kind = _place(key)
+            found.setdefault(layer, {})[kind] = tensor.to(device)
     except FileNotFoundError as error:
         why = "it was deleted, or a newer checkpoint took its place"
         raise NotFound("adapter_missing", f"The files of {source.name} are gone: {why}.") from error
@@ -105,6 +104,11 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
     if not any(bool(pair.b.any()) for pair in pairs.values()):
         raise Conflict("adapter_inert", f"Adapter {source.name} changes nothing: every lora_B is zero.")
     return Adapter(pairs)
+
+
+def _digest(hashes: Sequence[bytes]) -> str:
+    """Of the hashes of weights and configuration."""
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def _shapes(name: str, folder: Path) -> dict[str, tuple[int, ...]]:

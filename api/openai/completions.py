@@ -32,6 +32,9 @@ async def completions(
     """Go on with a text, or with token ids, as OpenAI does; `model` as in /v1/chat/completions."""
     served, prompts = await run_in_threadpool(_prepare, body, services, caller.project_id)
     asked = {**body.sampling(), "max_tokens": body.max_tokens or _NEW_TOKENS, "cache_salt": caller.project_id}
+    if served.contract.rows == "text":
+        # Trained on plain texts, it ends them as its contract says.
+        asked["stop_token_ids"] = list(served.contract.stop_token_ids)
     if body.logprobs is not None:
         asked |= {"logprobs": body.logprobs, "return_tokens_as_token_ids": True}
     head = wire.head("text_completion", f"cmpl-{ULID()}", served.name)

@@ -1,9 +1,12 @@
 """The prompt contract of a base model or an adapter: made from a tokenizer, kept with the adapter, checked when read."""
 
+import hashlib
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 from transformers import PreTrainedTokenizerFast
 
@@ -47,10 +50,19 @@ def load(folder: Path) -> Contract:
     return Contract(tokenizer, _stop_token_ids(bare, folder), template, bare.styles)
 
 
-@lru_cache(maxsize=8)
+# By their content: the adapters of one base model have the same, of some tens of megabytes, and reading it takes 0.1 s.
+_tokenizers: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+
+@lru_cache(maxsize=256)
 def load_cached(folder: Path) -> Contract:
     """`load` for a server. The folder's content must never change under the same path."""
-    return load(folder)
+    contract = load(folder)
+    content = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        file = folder / name
+        content.update(hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b"none")
+    return replace(contract, tokenizer=_tokenizers.setdefault(content.hexdigest(), contract.tokenizer))
 
 
 def _saved(tokenizer: Any, file: Path) -> Contract:

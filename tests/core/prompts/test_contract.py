@@ -152,3 +152,17 @@ def test_the_stop_tokens_are_the_turn_end_and_the_makers_own(tmp_path: Path) -> 
     with_template(tmp_path, tiny.TEMPLATE)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     assert set(contracts.load(tmp_path).stop_token_ids) == {0, 2}
+
+
+def test_adapters_of_one_base_share_its_tokenizer_and_nothing_else(tmp_path: Path) -> None:
+    made = tiny.make(tmp_path / "base")
+    folders = [tmp_path / name for name in ("one", "two", "other")]
+    for folder in folders:
+        folder.mkdir()
+        contracts.save(contracts.load(made), folder)
+    config = json.loads((folders[2] / "tokenizer_config.json").read_text())
+    (folders[2] / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 77}))
+    one, two, other = (contracts.load_cached(folder) for folder in folders)
+    assert one.tokenizer is two.tokenizer
+    assert other.tokenizer is not one.tokenizer
+    assert contracts.load_cached(folders[0]) is one

@@ -4,6 +4,7 @@ That is models whose attention or positions are not among those the batch is tes
 pairs of low-rank matrices (DoRA, whole trained layers).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ from core.ml.inference.sampling import Sampler
 from core.ml.inference.store.adapters import Source
 
 
-def answer(model: Any, one: Answering) -> None:
-    """Write one answer, and leave the model as it was.
+def answer(model: Any, one: Answering, meanwhile: Callable[[], None]) -> None:
+    """Write one answer, and leave the model as it was; `meanwhile` is called with every token.
 
     Raises:
         Conflict: `adapter_mismatch`, the adapter does not fit.
@@ -49,7 +50,7 @@ def answer(model: Any, one: Answering) -> None:
                     max_new_tokens=one.request.sampling.max_tokens, do_sample=False, pad_token_id=0
                 ),
                 logits_processor=LogitsProcessorList([_Chosen(one)]),
-                stopping_criteria=StoppingCriteriaList([_Over(one)]),
+                stopping_criteria=StoppingCriteriaList([_Over(one, meanwhile)]),
             )
     finally:
         model.generation_config = makers
@@ -117,8 +118,9 @@ class _Chosen(LogitsProcessor):
 
 
 class _Over(StoppingCriteria):
-    def __init__(self, one: Answering) -> None:
-        self.one = one
+    def __init__(self, one: Answering, meanwhile: Callable[[], None]) -> None:
+        self.one, self.meanwhile = one, meanwhile
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
+        self.meanwhile()
         return torch.full((input_ids.shape[0],), self.one.leave(), device=input_ids.device)

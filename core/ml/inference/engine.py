@@ -70,10 +70,11 @@ class Engine:
         self._sources: dict[str, Source] = {}
         self._adapters = Adapters(self.limits.adapter_bytes, self._read, self._wake)
         self._prefixes = Prefixes(self.limits.prefix_bytes)
-        # The base model in memory, and its scheduler unless peft has it.
+        # The base model in memory, and its scheduler unless peft has it; whether peft writes an answer.
         self._held: str | None = None
         self._model: Any = None
         self._scheduler: Scheduler | None = None
+        self._alone = False
         # Guards what follows, and wakes the thread.
         self._changed = threading.Condition()
         self._waiting: list[Answering] = []
@@ -156,7 +157,7 @@ class Engine:
         scheduler = self._scheduler
         return {
             "base_model": self._held,
-            "running": len(scheduler.running) if scheduler else 0,
+            "running": int(self._alone) + (len(scheduler.running) if scheduler else 0),
             "waiting": len(self._waiting),
             "adapters": len(self._adapters),
         }
@@ -200,12 +201,16 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
-    def _step(self) -> None:
+    def _look_up(self) -> None:
+        """See who does not wait any more, or must not."""
         if self._wanted():
             self._turn_away()
         with self._changed:
             self._waiting = [one for one in self._waiting if not one.leave()]
-            head = self._waiting[0] if self._waiting else None
+
+    def _step(self) -> None:
+        self._look_up()
+        head = next(iter(self._waiting), None)
         running = self._scheduler is not None and bool(self._scheduler.running)
         if head is not None and not running:
             self._turn_to(head)
@@ -249,8 +254,8 @@ class Engine:
                 self._scheduler.model.close()
                 self._scheduler = None
             self._withdraw(head)
-            head.path = "compat"
-            compat.answer(self._model, head)
+            head.path, self._alone = "compat", True
+            compat.answer(self._model, head, self._look_up)
         except Exception as error:
             logger.exception("%s", head.request.base)
             self._withdraw(head)
@@ -260,6 +265,8 @@ class Engine:
                 # Whatever half of it is in memory must not answer anybody.
                 self._release()
             head.fail(failed(error))
+        finally:
+            self._alone = False
 
     def _withdraw(self, one: Answering) -> None:
         with self._changed:

@@ -386,6 +386,27 @@ def test_other_adapters_are_served_one_at_a_time(
     assert paths == ["batch", "compat", "batch", "compat", "batch"]
 
 
+def test_who_waits_for_one_alone_may_hang_up(make_engine: MakeEngine, base: Path, tmp_path: Path) -> None:
+    engine = make_engine(Limits(waiting=8))
+    engine.register("dora", tiny.NAME, strong.adapter(tmp_path / "ad", base, 3, use_dora=True))
+    stop, gone = threading.Event(), threading.Event()
+    long = ask(engine, "dora", PROMPT, Sampling(900, logit_bias={2: -100.0}), stop.is_set)
+    assert long.first.wait(60)
+    assert engine.state()["running"] == 1
+    ghosts = [ask(engine, tiny.NAME, PROMPT, Sampling(4), gone.is_set) for _ in range(8)]
+    with pytest.raises(GraftError) as caught:
+        ask(engine, tiny.NAME, PROMPT, Sampling(4))
+    assert caught.value.code == "engine_full"
+    gone.set()
+    for ghost in ghosts:
+        assert ghost.over.wait(10)
+        assert ghost.finish is not None
+        assert ghost.finish.reason == "cancelled"
+    assert not long.over.is_set()
+    stop.set()
+    assert long.over.wait(10)
+
+
 def test_an_architecture_that_is_not_allowed_is_served_one_at_a_time(
     make_engine: MakeEngine, models: Catalogue, tmp_path: Path
 ) -> None:

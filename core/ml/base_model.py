@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import psutil
 import torch
+from bitsandbytes.nn import Linear4bit
 from filelock import FileLock
 from transformers import (
     AutoModelForCausalLM,
@@ -141,6 +142,24 @@ def load(model: BaseModel, precision: Precision) -> Any:
     cache = model.cache / f"{precision.slug}-{_fingerprint(model.path)}"
     with _one_at_a_time(cache):
         return _quantised(model, precision, cache, options)
+
+
+def is_fused(model: Any) -> bool:
+    """Whether 4-bit weights of it are, or will be, packed for bitsandbytes' fused CPU kernel. It packs them at the first
+    evaluation, has no gradient, and whoever dequantises packed weights (peft, for DoRA) gets wrong ones."""
+    return any(
+        isinstance(layer, Linear4bit)
+        and layer.support_avx512bf16_for_cpu
+        and layer.weight.device.type == "cpu"
+        for layer in model.modules()
+    )
+
+
+def unfuse(model: Any) -> None:
+    """Keep a model that was not evaluated yet from that kernel."""
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def load_plain(folder: Path) -> Any:

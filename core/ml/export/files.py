@@ -144,7 +144,9 @@ def _loaded_again(
 def _as_trained(run: Export, contract: Contract, samples: list[Encoded], merged: Look) -> dict[str, Any]:
     """How the merged model differs from the adapter on the quantised base that it was trained on: information."""
     precision = base_model.settle(run.quantization)
-    model = merge.with_adapter(run.model, run.adapter, base_model.load(run.model, precision))
+    base = base_model.load(run.model, precision)
+    base_model.unfuse(base)  # or peft computes a DoRA adapter's norms from packed weights
+    model = merge.with_adapter(run.model, run.adapter, base)
     return {"precision": precision.slug} | parity.compare(parity.look(model, contract, samples), merged)
 
 

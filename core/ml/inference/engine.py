@@ -244,7 +244,7 @@ class Engine:
     def _turn_to(self, head: Answering) -> None:
         """Have the model in memory that the first in the queue asks for; one that peft has to serve is answered."""
         try:
-            self._hold(head.request.base)
+            self._hold(head.request.base, unfused=self._apart(head))
             if not self._apart(head):
                 if self._scheduler is None:
                     model = Batched(self._model)
@@ -272,15 +272,15 @@ class Engine:
         with self._changed:
             self._waiting = [other for other in self._waiting if other is not one]
 
-    def _hold(self, name: str) -> None:
-        if self._held == name:
+    def _hold(self, name: str, *, unfused: bool) -> None:
+        if self._held == name and not (unfused and base_model.is_fused(self._model)):
             return
         self._release()
         if self._shared is not None:
             self._shared.hold()
             if self._shared.wanted():
                 raise device_busy()
-        self._model = bases.load(self._catalogue, name, self._precision)
+        self._model = bases.load(self._catalogue, name, self._precision, unfused=unfused)
         self._held = name
 
     def _release(self) -> None:

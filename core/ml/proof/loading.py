@@ -66,5 +66,4 @@ def _settle(base: Any) -> None:
     if _ROOM * unpacked < psutil.virtual_memory().available:
         layers.keep_dequantised(base)
         return
-    for module in packed:
-        module.support_avx512bf16_for_cpu = False
+    base_model.unfuse(base)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -64,11 +63,8 @@ def loaded(model: BaseModel, precision: Precision, plan: Plan) -> PeftModel:
 
 def with_adapter(model: Any, spec: Spec) -> PeftModel:
     """The model with a fresh LoRA in float32: in bfloat16 small updates would be lost."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # The fused CPU kernel repacks the weights at the first evaluation and has no gradient:
-            # training after it would go on with wrong gradients, silently.
-            module.support_avx512bf16_for_cpu = False
+    # After an evaluation with the fused kernel training would go on with wrong gradients, silently.
+    base_model.unfuse(model)
     set_seed(spec.seed)
     lora = spec.lora
     _check_names(model, lora.target_modules)

@@ -60,3 +60,23 @@ def test_no_token_is_one_that_a_request_alone_would_not_have_taken(
         wrong = regret(models, precision, folders[names[place - 1]], told[name])
         assert right.max() <= 0.25
         assert wrong.mean() >= 100 * right.mean()
+
+
+def test_an_adapter_that_dequantises_its_base_answers_as_peft_alone(
+    models: Catalogue, base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    """The batch has the weights packed by then; from packed ones peft computes other norms."""
+    precision = Precision(bits=4, type="nf4", double_quant=True, dtype="bfloat16")
+    engine = Engine(models, precision)
+    dora = strong.adapter(tmp_path / "dora", base, 3, use_dora=True)
+    engine.register("dora", tiny.NAME, dora)
+    engine.register("ad", tiny.NAME, adapters[0])
+    try:
+        before = [ask(engine, "ad", prompt, SAMPLING).wait().tokens for prompt in PROMPTS]
+        told = [ask(engine, "dora", prompt, SAMPLING).wait().tokens for prompt in PROMPTS]
+        after = [ask(engine, "ad", prompt, SAMPLING).wait().tokens for prompt in PROMPTS]
+    finally:
+        engine.close()
+    assert regret(models, precision, dora, told).max() <= 0.25
+    for tokens in (before, after):
+        assert regret(models, precision, adapters[0], tokens).max() <= 0.25

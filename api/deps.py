@@ -93,7 +93,9 @@ class Page:
 
 def _page(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(max_length=64)] = None,
+    after: Annotated[
+        str | None, Query(pattern="^[a-z]+_[0-9A-Z]{26}$", description="The last id of the page before.")
+    ] = None,
 ) -> Page:
     return Page(limit, after)
 

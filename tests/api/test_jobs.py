@@ -508,3 +508,8 @@ def test_the_position_in_the_queue_falls(api: Api, dataset_id: str) -> None:
     with api.sessions.begin() as session:
         jobs.cancel(session, api.project_id, first)
     assert api.client.get(f"/jobs/{second['id']}").json()["queue"] == {"position": 0}
+
+
+@pytest.mark.parametrize("after", ["", "zzz", "job_x", "job_%00", "%F0%9F"])
+def test_a_page_after_no_id_is_refused(api: Api, after: str) -> None:
+    assert refused(api.client.get(f"/jobs?after={after}"), 422, "invalid_request")["param"] == "after"

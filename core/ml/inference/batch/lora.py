@@ -54,11 +54,11 @@ class Routing:
 
     def seats(self, adapters: Iterable[Adapter]) -> dict[Adapter, int]:
         """The order in which the stretches of the next step's adapters are to follow one another."""
-        present = set(adapters)
+        present = list(dict.fromkeys(adapters))
         if len(present) < _FEWEST or len(present) * 2 <= len(self._seats):
             self.forget()
         kept = self._seats[: len(present)]
-        new = list(present.difference(kept))
+        new = [one for one in present if one not in kept]
         seats = [one if one in present else new.pop() for one in kept] + new
         if seats != self._seats:
             self._seats = seats

@@ -94,7 +94,8 @@ class Page:
 def _page(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[
-        str | None, Query(pattern="^[a-z]+_[0-9A-Z]{26}$", description="The last id of the page before.")
+        str | None,
+        Query(pattern="^([a-z]+_[0-9A-Z]{26}|[0-9]{1,19})$", description="The last id of the page before."),
     ] = None,
 ) -> Page:
     return Page(limit, after)

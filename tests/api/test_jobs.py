@@ -510,6 +510,6 @@ def test_the_position_in_the_queue_falls(api: Api, dataset_id: str) -> None:
     assert api.client.get(f"/jobs/{second['id']}").json()["queue"] == {"position": 0}
 
 
-@pytest.mark.parametrize("after", ["", "zzz", "job_x", "job_%00", "%F0%9F"])
+@pytest.mark.parametrize("after", ["", "zzz", "job_x", "%F0%9F"])
 def test_a_page_after_no_id_is_refused(api: Api, after: str) -> None:
     assert refused(api.client.get(f"/jobs?after={after}"), 422, "invalid_request")["param"] == "after"

@@ -2,10 +2,10 @@
 
 import asyncio
 import json
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import httpx
 
@@ -41,7 +41,7 @@ class Engine:
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits)
         # Adapters that this process saw loaded, and at work.
         self._loaded: set[str] = set()
-        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._loading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -97,13 +97,10 @@ class Engine:
 
     async def _load(self, target: Target, prompt: list[int]) -> None:
         """Have the engine know an adapter, and see that it is at work."""
-        try:
-            async with self._loading[target.name]:
-                if target.name not in self._loaded:
-                    await self._load_once(target, prompt)
-                    self._loaded.add(target.name)
-        finally:
-            self._loading.pop(target.name, None)
+        async with self._loading.setdefault(target.name, asyncio.Lock()):
+            if target.name not in self._loaded:
+                await self._load_once(target, prompt)
+                self._loaded.add(target.name)
 
     async def _load_once(self, target: Target, prompt: list[int]) -> None:
         asked = {"lora_name": target.name, "lora_path": target.path, "base_model_name": target.base_model}
@@ -160,7 +157,7 @@ async def _read(response: httpx.Response) -> dict[str, Any]:
     except httpx.HTTPError as error:
         raise _unavailable() from error
     except ValueError as error:
-        raise GraftError("engine_error", "The inference engine answered no JSON.", status=502) from error
+        raise _no_json() from error
     finally:
         await response.aclose()
     assert isinstance(found, dict)
@@ -177,9 +174,7 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             try:
                 chunk: dict[str, Any] = json.loads(line[6:])
             except ValueError as error:
-                raise GraftError(
-                    "engine_error", "The inference engine answered no JSON.", status=502
-                ) from error
+                raise _no_json() from error
             if "error" in chunk:
                 raise GraftError(*_said(chunk), status=502)
             yield chunk
@@ -243,6 +238,10 @@ def _not_loaded(target: Target, status: int, text: str) -> GraftError:
         status=502,
         hint="vLLM needs --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and to see the files under the same path.",
     )
+
+
+def _no_json() -> GraftError:
+    return GraftError("engine_error", "The inference engine answered no JSON.", status=502)
 
 
 def _unavailable(message: str = "The inference engine does not answer.") -> GraftError:

@@ -70,19 +70,15 @@ def install(app: FastAPI) -> None:
 
 def _graft_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, GraftError)
-    error.status = _status(request, error.status)
+    if error.status == _UNPROCESSABLE and request.url.path.startswith("/v1/"):
+        error.status = 400  # OpenAI's clients know a wrong request by it
     return render(error)
-
-
-def _status(request: Request, status: int) -> int:
-    """OpenAI's clients know a wrong request by 400."""
-    return 400 if status == _UNPROCESSABLE and request.url.path.startswith("/v1/") else status
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, GraftError):  # raised while FastAPI read the body
-        return render(error.__cause__)
+        return _graft_error(request, error.__cause__)
     if error.status_code == 404:
         return render(
             GraftError(
@@ -148,16 +144,17 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
         if problem["code"] != "literal_error" or not any(other.startswith(f"{field}.") for other in found)
     ]
     first = problems[0]
-    return render(
+    return _graft_error(
+        request,
         GraftError(
             "invalid_request",
             first["message"],
-            status=_status(request, _UNPROCESSABLE),
+            status=_UNPROCESSABLE,
             param=first["field"],
             hint=first["hint"],
             errors=problems[:_LISTED],
             error_count=len(problems),
-        )
+        ),
     )
 
 

@@ -33,9 +33,9 @@ async def ready(services: ServicesDep, response: Response) -> dict[str, object]:
         _answers(_workers, services),
         services.engine.state(),
     )
-    states.append(engine_works)
-    parts = {name: "ok" if state else "down" for name, state in zip(names, states, strict=True)}
-    up = all(states)
+    works = dict(zip(names, [*states, engine_works], strict=True))
+    parts = {name: "ok" if state else "down" for name, state in works.items()}
+    up = all(works.values())
     response.status_code = 200 if up else 503
     return {"status": "ok" if up else "starting or broken", "parts": parts, "engine": engine}
 

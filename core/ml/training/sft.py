@@ -23,6 +23,7 @@ from core.ml.training.files import checkpoints, saving
 from core.ml.training.loop import guard, heap, samples, watchdog
 from core.ml.training.loop.progress import Progress
 from core.ml.training.loop.reporter import Report, Reporter, alive
+from core.ml.training.loop.reservation import Reservation
 from core.ml.training.loop.samples import Sampler
 from core.ml.training.loop.trainer import Trainer
 from core.ml.training.run import Run
@@ -92,11 +93,12 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
         trainer.watchdog = guard.Watchdog(report, progress, spec, run.recoveries, _line_of(rows))
         for callback in (
             progress,
-            # Before the first step is reported: the memory of the run is taken then.
-            heap.Heap(before, planned.memory_bytes),
+            # Before the first step is reported: the engine takes what is free then.
+            Reservation(planned.memory_bytes),
             Reporter(report, stop, progress, partial(saving.describe, contract, run.model)),
             trainer.watchdog,
             sampler,
+            heap.Heap(before, planned.memory_bytes),
         ):
             trainer.add_callback(callback)
         report("phase", phase="training")

@@ -5,7 +5,6 @@ from typing import Literal
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
 from core.ml import base_model, catalogue
@@ -27,9 +26,7 @@ def regret(
 ) -> torch.Tensor:
     """How far the logit of each token lies below the highest, as the model alone sees it."""
     model = base_model.load(catalogue.find(models, tiny.NAME), precision).eval()
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            layer.support_avx512bf16_for_cpu = False
+    base_model.unfuse(model)
     if folder is not None:
         model = PeftModel.from_pretrained(model, str(folder)).eval()
     found = []

@@ -52,7 +52,7 @@ class Routing:
         self._seats: list[Adapter] = []
         self._stacks: dict[str, _Stack] = {}
 
-    def seats(self, adapters: Iterable[Adapter]) -> dict[Adapter, int]:
+    def seats(self, adapters: Iterable[Adapter]) -> Mapping[Adapter | None, int]:
         """The order in which the stretches of the next step's adapters are to follow one another."""
         present = list(dict.fromkeys(adapters))
         if len(present) < _FEWEST or len(present) * 2 <= len(self._seats):
@@ -61,7 +61,7 @@ class Routing:
         new = [one for one in present if one not in kept]
         seats = [one if one in present else new.pop() for one in kept] + new
         if seats != self._seats:
-            self._seats = seats
+            self._seats = seats  # another list: by that the stacks see that somebody came or went
         return {one: seat for seat, one in enumerate(seats)}
 
     def take(self, stretches: Sequence[Stretch], device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """A base model that reads the tokens of many sequences in one pass, each through its own adapter."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -51,10 +51,6 @@ def _rotations(parameters: Any) -> Iterator[str]:
                 yield from _rotations(value)
 
 
-def _seat(adapter: Adapter | None, seats: Mapping[Adapter, int]) -> int:
-    return len(seats) if adapter is None else seats[adapter]
-
-
 class Batched:
     def __init__(self, model: Any) -> None:
         """`model` is changed until `close`."""
@@ -88,7 +84,7 @@ class Batched:
         """
         seats = self.routing.seats(row.adapter for row in rows if row.adapter is not None)
         # Neighbours that share an adapter are multiplied together; the base's stand last.
-        order = sorted(range(len(rows)), key=lambda place: _seat(rows[place].adapter, seats))
+        order = sorted(range(len(rows)), key=lambda place: seats.get(rows[place].adapter, len(seats)))
         ids: list[int] = []
         places: list[int] = []
         spans: list[Span] = []

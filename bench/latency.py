@@ -47,11 +47,11 @@ def main() -> None:
     engine = Engine(models, precision)
     try:
         first_tokens(engine, model.name, contract, options)
+        # Before anything is computed in this thread: its pool of threads would slow the engine's down.
+        over_http(engine, model.name, contract, options)
         with tempfile.TemporaryDirectory() as folder:
             plain = base_model.load(model, precision)
             adapter_loads(adapter_of(Path(folder) / "ad", model.name, plain, 0), model.name, plain)
-            del plain
-        over_http(engine, model.name, contract, options)
     finally:
         engine.close()
 

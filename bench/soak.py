@@ -13,19 +13,13 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +27,11 @@ import httpx
 import psutil
 from transformers.utils import logging
 
+from bench.canaries import PROMPTS, TOKENS, VERSIONS, Canaries, make, written
 from tests import tiny
-from tests.ml.inference import strong
+from tests.serving.ours import Ours
 
-_TOKENS = 16
-# Some share whole blocks of their beginnings.
-_PROMPTS = [strong.prompt(20), *(strong.prompt(70)[:-6] + strong.prompt(6, seed) for seed in range(3))]
-_VERSIONS = 2
-_END = 2
 _OF_THE_BASE = 0.1
-
-
-@dataclass
-class Canaries:
-    """The tokens that each version of each adapter (None: the base) answers to each prompt; text where it was seen."""
-
-    tokens: dict[tuple[str | None, int, int], list[int]] = field(default_factory=dict)
-    texts: dict[tuple[int, ...], str] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,69 +86,33 @@ def run(
     folder: Path, seconds: float, adapters: int, room: int, clients: int, compute_dtype: str = "float32"
 ) -> Report:
     names = [f"ad_{number}" for number in range(adapters)]
-    base, canaries = _made(folder, names)
+    base, canaries = make(folder, names)
     size = (folder / "storage" / f"{names[0]}-0" / "adapter_model.safetensors").stat().st_size
-    environment = {
-        "GRAFT_HOME": str(folder / "home"),
-        "GRAFT_STORAGE_URL": str(folder / "storage"),
-        "GRAFT_MODELS": json.dumps({tiny.NAME: str(base)}),
-        "GRAFT_ENGINE_BITS": "16",
-        "GRAFT_ENGINE_COMPUTE_DTYPE": compute_dtype,
-        "GRAFT_ENGINE_ADAPTER_BYTES": str(size * room),
-        "GRAFT_ENGINE_PREFIX_BYTES": str(2**18),
-        "GRAFT_ENGINE_RUNNING": "8",
-        "GRAFT_ENGINE_WAITING": "8",
-    }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["-m", "uvicorn", "--factory", "worker.inference.main:create_app", "--log-level", "critical"]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("GRAFT_")}
-    server = subprocess.Popen([sys.executable, *words, "--port", str(port)], env=clean | environment)
-    soak = Soak(
-        f"http://127.0.0.1:{port}", server.pid, folder, names, canaries, exact=compute_dtype == "float32"
+    server = Ours(
+        folder / "home",
+        base,
+        folder / "storage",
+        GRAFT_ENGINE_COMPUTE_DTYPE=compute_dtype,
+        GRAFT_ENGINE_ADAPTER_BYTES=str(size * room),
+        GRAFT_ENGINE_PREFIX_BYTES=str(2**18),
+        GRAFT_ENGINE_RUNNING="8",
+        GRAFT_ENGINE_WAITING="8",
     )
     try:
+        soak = Soak(server, folder / "storage", names, canaries, exact=compute_dtype == "float32")
         return asyncio.run(soak.run(seconds, clients))
     finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(30)
-
-
-def _made(folder: Path, names: list[str]) -> tuple[Path, Canaries]:
-    """The base model, `_VERSIONS` of each adapter, and what they answer: no two the same to any prompt."""
-    base, canaries, seeds = strong.model(folder / "base", strong.CONFIGURATIONS["llama"]), Canaries(), count()
-    taken = set[tuple[int, ...]]()
-    _learned(canaries, None, 0, strong.loaded(base), taken)
-    for name, version in product(names, range(_VERSIONS)):
-        path = folder / "storage" / f"{name}-{version}"
-        while not _learned(
-            canaries, name, version, strong.loaded(base, strong.adapter(path, base, next(seeds))), taken
-        ):
-            pass
-    return base, canaries
-
-
-def _learned(
-    canaries: Canaries, name: str | None, version: int, model: Any, taken: set[tuple[int, ...]]
-) -> bool:
-    """Write its answers down, and among those `taken`; False where another answers so already."""
-    answers = [_written(strong.alone(model, prompt, _TOKENS, [_END])) for prompt in _PROMPTS]
-    new = {(number, *tokens) for number, tokens in enumerate(answers)}
-    if new & taken:
-        return False
-    canaries.tokens |= {(name, version, number): tokens for number, tokens in enumerate(answers)}
-    taken |= new
-    return True
+        server.stop()
 
 
 class Soak:
     def __init__(
-        self, url: str, pid: int, folder: Path, names: list[str], canaries: Canaries, *, exact: bool
+        self, server: Ours, storage: Path, names: list[str], canaries: Canaries, *, exact: bool
     ) -> None:
         limits = httpx.Limits(max_connections=None)
-        self.http = httpx.AsyncClient(base_url=url, timeout=60, limits=limits)
-        self.server, self.folder, self.names, self.canaries = psutil.Process(pid), folder, names, canaries
+        self.http = httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits)
+        self.process = psutil.Process(server.process.pid)
+        self.storage, self.names, self.canaries = storage, names, canaries
         self.report, self.exact = Report(), exact
         self.version = dict.fromkeys(names, 0)
         # How often each name was given other weights; odd while it happens.
@@ -174,22 +120,27 @@ class Soak:
 
     async def run(self, seconds: float, clients: int) -> Report:
         async with self.http:
-            await self._started()
             for name in self.names:
                 await self._load(name, 0)
-            before = self.server.num_fds() - 1  # without the client's own connection
+            before = self.process.num_fds() - 1  # without the client's own connection
             until = time.monotonic() + seconds
             await asyncio.gather(
                 self._measure(until), *(self._client(seed, until) for seed in range(clients))
             )
             await self._idle()
         await asyncio.sleep(1)
-        self.report.files = (before, self.server.num_fds())
+        self.report.files = (before, self.process.num_fds())
         return self.report
 
     async def _client(self, seed: int, until: float) -> None:
         draw = random.Random(seed)
-        doings = {self._ask: 11, self._hung_up: 2, self._left: 2, self._changed: 1, self._absent: 1}
+        doings = {
+            self._ask: 11,
+            self._hang_up_streaming: 2,
+            self._hang_up: 2,
+            self._exchange: 1,
+            self._ask_wrongly: 1,
+        }
         while time.monotonic() < until:
             (doing,) = draw.choices(list(doings), list(doings.values()))
             # Some are asked for often, as in life; all of them now and then.
@@ -199,7 +150,7 @@ class Soak:
         """A whole or streamed answer, now and then of the base."""
         if draw.random() < _OF_THE_BASE:
             name = None
-        number, stream, told = draw.randrange(len(_PROMPTS)), draw.random() < 0.5, draw.random() < 0.5
+        number, stream, told = draw.randrange(len(PROMPTS)), draw.random() < 0.5, draw.random() < 0.5
         tokens_too = {"logprobs": 0, "return_tokens_as_token_ids": True} if told else {}
         before = self.changes[name or ""]
         response = await self.http.post(
@@ -212,7 +163,7 @@ class Soak:
         chunks = _chunks(response, stream=stream)
         self.report.done["streamed" if stream else "whole"] += 1
         changed = before % 2 or self.changes[name or ""] != before
-        versions = range(_VERSIONS) if changed else [self.version[name] if name else 0]
+        versions = range(VERSIONS) if changed else [self.version[name] if name else 0]
         right = [self.canaries.tokens[name, version, number] for version in versions]
         if self.exact and not self._same(chunks, right, by_tokens=told):
             self.report.wrong.append(
@@ -227,35 +178,35 @@ class Soak:
             texts = [self.canaries.texts.get(tuple(tokens)) for tokens in right]
             return None in texts or text in texts
         words = [word for one in choices if one["logprobs"] for word in one["logprobs"]["tokens"]]
-        tokens = _written(int(word.removeprefix("token_id:")) for word in words)
+        tokens = written(int(word.removeprefix("token_id:")) for word in words)
         self.canaries.texts.setdefault(tuple(tokens), text)
         return tokens in right and self.canaries.texts[tuple(tokens)] == text
 
-    async def _hung_up(self, draw: random.Random, name: str) -> None:
-        body = self._body(name, draw.randrange(len(_PROMPTS)), stream=True, max_tokens=400, n=2)
+    async def _hang_up_streaming(self, draw: random.Random, name: str) -> None:
+        body = self._body(name, draw.randrange(len(PROMPTS)), stream=True, max_tokens=400, n=2)
         async with self.http.stream("POST", "/v1/completions", json=body) as response:
             chunks = response.aiter_lines()
             for _ in range(draw.randrange(6)):
                 await anext(chunks, None)
         self.report.done["hung up in the stream"] += 1
 
-    async def _left(self, draw: random.Random, name: str) -> None:
-        body = self._body(name, draw.randrange(len(_PROMPTS)), max_tokens=400)
+    async def _hang_up(self, draw: random.Random, name: str) -> None:
+        body = self._body(name, draw.randrange(len(PROMPTS)), max_tokens=400)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.http.post("/v1/completions", json=body), draw.random() * 0.1)
         self.report.done["hung up"] += 1
 
-    async def _changed(self, _draw: random.Random, name: str) -> None:
+    async def _exchange(self, _draw: random.Random, name: str) -> None:
         if self.changes[name] % 2:
             return
         self.changes[name] += 1
-        version = (self.version[name] + 1) % _VERSIONS
+        version = (self.version[name] + 1) % VERSIONS
         await self._load(name, version)
         self.version[name] = version
         self.changes[name] += 1
         self.report.done["weights exchanged"] += 1
 
-    async def _absent(self, draw: random.Random, name: str) -> None:
+    async def _ask_wrongly(self, draw: random.Random, name: str) -> None:
         """Each is refused, and harms nobody."""
         cases: list[tuple[dict[str, Any], int]] = [
             ({"model": "ad_none"}, 404),
@@ -272,30 +223,20 @@ class Soak:
     def _body(self, name: str | None, number: int, **more: Any) -> dict[str, Any]:
         return {
             "model": name or tiny.NAME,
-            "prompt": _PROMPTS[number],
-            "max_tokens": _TOKENS,
+            "prompt": PROMPTS[number],
+            "max_tokens": TOKENS,
             "temperature": 0,
             **more,
         }
 
     async def _load(self, name: str, version: int) -> None:
-        path = str(self.folder / "storage" / f"{name}-{version}")
+        path = str(self.storage / f"{name}-{version}")
         body = {"lora_name": name, "lora_path": path, "base_model_name": tiny.NAME}
         (await self.http.post("/v1/load_lora_adapter", json=body)).raise_for_status()
 
-    async def _started(self) -> None:
-        for _ in range(600):
-            try:
-                (await self.http.get("/health")).raise_for_status()
-            except httpx.HTTPError:
-                await asyncio.sleep(0.1)
-            else:
-                return
-        raise TimeoutError("the engine did not start")
-
     async def _measure(self, until: float) -> None:
         while time.monotonic() < until:
-            self.report.megabytes.append(self.server.memory_info().rss / 1e6)
+            self.report.megabytes.append(self.process.memory_info().rss / 1e6)
             await asyncio.sleep(1)
 
     async def _idle(self) -> None:
@@ -305,11 +246,6 @@ class Soak:
             if not self.report.left["running"] and not self.report.left["waiting"]:
                 return
             await asyncio.sleep(0.1)
-
-
-def _written(tokens: Iterable[int]) -> list[int]:
-    """Without the end token, which is told of as chosen but is no part of the answer."""
-    return [token for token in tokens if token != _END]
 
 
 def _chunks(response: httpx.Response, *, stream: bool) -> list[dict[str, Any]]:

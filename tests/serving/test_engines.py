@@ -2,17 +2,11 @@
 
 import asyncio
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +14,7 @@ from api.engine import Engine, Target
 from core.errors import GraftError
 from tests import tiny
 from tests.ml.inference import strong
+from tests.serving.ours import Ours
 from tests.serving.vllm import MAX_RANK, Vllm
 
 PROMPT = strong.prompt(20, seed=1)
@@ -31,48 +26,6 @@ class Served(Protocol):
 
     def restart(self) -> None: ...
     def stop(self) -> None: ...
-
-
-class Ours:
-    """The inference server as `graft up` runs it, and starts it again when it dies."""
-
-    def __init__(self, home: Path, base: Path, storage: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("GRAFT_")}
-        self.environment = clean | {
-            "GRAFT_HOME": str(home),
-            "GRAFT_STORAGE_URL": str(storage),
-            "GRAFT_MODELS": json.dumps({tiny.NAME: str(base)}),
-            "GRAFT_ENGINE_BITS": "16",
-        }
-        self.start()
-
-    def start(self) -> None:
-        words = ["-m", "uvicorn", "--factory", "worker.inference.main:create_app", "--log-level", "warning"]
-        command = [sys.executable, *words, "--port", str(self.port)]
-        self.process = subprocess.Popen(command, env=self.environment)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.1)
-        raise TimeoutError("the engine did not start")
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def restart(self) -> None:
-        self.kill()
-        self.start()
-
-    def stop(self) -> None:
-        self.kill()
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def main() -> None:
 
 def measure(client: Client, job: dict) -> tuple[float, float, float]:
     """Seconds from the post to the beginning of training and to the end of its first step; of the model."""
-    events = client.events(job["id"])
+    events = list(client.events(job["id"]))
     training = next(e for e in events if e["type"] == "phase" and e["data"]["phase"] == "training")
     first = next(e for e in events if e["type"] == "first_step")["data"]
     begun = datetime.fromisoformat(training["created_at"]) - datetime.fromisoformat(job["created_at"])

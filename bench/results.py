@@ -130,7 +130,7 @@ def row(name: str, job: dict[str, Any], client: Client) -> str:
 def phases(client: Client, job: dict[str, Any]) -> dict[str, float]:
     """Seconds of the training with its evaluations, and of the proof; and what preflight foretells: from loading the
     model to the last step."""
-    told = [event for event in _events(client, job["id"]) if event["type"] == "phase"]
+    told = [event for event in client.events(job["id"]) if event["type"] == "phase"]
     # Newest first: of each phase its first beginning stays, also where the run was resumed.
     began = {event["data"]["phase"]: _epoch(event["created_at"]) for event in told}
     proof = max(_epoch(event["created_at"]) for event in told)
@@ -139,15 +139,6 @@ def phases(client: Client, job: dict[str, Any]) -> dict[str, float]:
         "proof": _epoch(job["finished_at"]) - proof,
         "foretold": began["evaluating"] - began["loading_model"],
     }
-
-
-def _events(client: Client, job_id: str) -> list[dict[str, Any]]:
-    """All of them, newest first."""
-    events = page = client.events(job_id)
-    while page:
-        page = client.events(job_id, after=page[-1]["id"])
-        events = events + page
-    return events
 
 
 def _epoch(moment: str) -> float:

@@ -139,11 +139,15 @@ class Client:
         listed: list[Json] = self._call("GET", f"/jobs/{job_id}/metrics")["data"]
         return listed
 
-    def events(self, job_id: str, limit: int = 100, *, after: int | None = None) -> list[Json]:
-        """Newest first; `after` is the id of the last event of the page before."""
-        query = {"limit": limit} | ({} if after is None else {"after": after})
-        listed: list[Json] = self._call("GET", f"/jobs/{job_id}/events", params=query)["data"]
-        return listed
+    def events(self, job_id: str) -> Iterator[Json]:
+        """All of them, newest first, asked for in pages as they are read."""
+        query: Json = {"limit": 100}
+        more = True
+        while more:
+            page = self._call("GET", f"/jobs/{job_id}/events", params=query)
+            yield from page["data"]
+            more = page["has_more"]
+            query["after"] = page["data"][-1]["id"] if more else None
 
     def logs(self, job_id: str) -> Iterator[str]:
         """The lines that worker and trainer wrote about the job."""

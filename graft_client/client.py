@@ -139,9 +139,9 @@ class Client:
         listed: list[Json] = self._call("GET", f"/jobs/{job_id}/metrics")["data"]
         return listed
 
-    def events(self, job_id: str) -> Iterator[Json]:
+    def events(self, job_id: str, page_size: int = 100) -> Iterator[Json]:
         """All of them, newest first, asked for in pages as they are read."""
-        query: Json = {"limit": 100}
+        query: Json = {"limit": page_size}
         more = True
         while more:
             page = self._call("GET", f"/jobs/{job_id}/events", params=query)

@@ -72,6 +72,8 @@ def test_metrics_events_and_checkpoints(service: Service, job: dict) -> None:
         kinds = [line[7:] for line in stream.splitlines() if line.startswith("event: ")]
         assert kinds[0] == "created"
         assert kinds[-1] == "succeeded"
+        with service.client() as client:
+            assert [event["type"] for event in client.events(job["id"], page_size=3)] == kinds[::-1]
         assert {"plan", "first_step", "checkpoint", "phase"} <= set(kinds)
         kept = http.get(f"/jobs/{job['id']}/checkpoints").json()["data"]
         assert [row["step"] for row in kept] == [8, 6]

@@ -14,7 +14,7 @@ from core.errors import NotFound, StorageFull, is_disk_full
 
 
 class Storage:
-    """put, get, open, delete. `url` is a folder or `s3://bucket/prefix`."""
+    """put, get, open, folders, delete. `url` is a folder or `s3://bucket/prefix`."""
 
     def __init__(self, url: str, *, s3_endpoint_url: str | None = None) -> None:
         self.url = url
@@ -87,6 +87,14 @@ class Storage:
     def size(self, key: str) -> int:
         with _found(key):
             return int(self.fs.size(self.path(key)))
+
+    def folders(self, key: str) -> list[str]:
+        """The names of the folders directly under `key`; none where nothing lies there."""
+        try:
+            found = self.fs.ls(self.path(key), detail=True)
+        except FileNotFoundError:
+            return []
+        return [posixpath.basename(info["name"]) for info in found if info["type"] == "directory"]
 
     def delete(self, key: str) -> None:
         """Delete a file or folder; what is not there is deleted already."""

@@ -1,6 +1,7 @@
-"""The sweep: jobs whose worker is gone go back to the queue, messages that were missed are sent.
+"""The sweep: jobs whose worker is gone go back to the queue, messages that were missed are sent, files of nobody go.
 
-It runs in a thread of every worker; the process that holds the lease row does the work.
+It runs in two threads of every worker, the second for the files, since listing a bucket can take long; the process
+that holds the lease row does the work.
 """
 
 import contextlib
@@ -13,20 +14,20 @@ from celery import Celery
 
 from core.control import queue
 from core.control.db import DatabaseUnavailable, reading
-from core.control.running import attempts, probes, workers
+from core.control.running import attempts, orphans, probes, workers
 from core.control.tables import FINISHED, Job
 from core.errors import Fenced
 from worker.context import Context
 
 logger = logging.getLogger(__name__)
 
-_DUTY = "sweep"
+_DUTY, _ORPHANS_DUTY = "sweep", "orphans"
+_ORPHANS_SECONDS = 3600.0
 
 
-def start(context: Context, app: Celery) -> threading.Thread:
-    thread = threading.Thread(target=_loop, args=(context, app), name="sweep", daemon=True)
-    thread.start()
-    return thread
+def start(context: Context, app: Celery) -> None:
+    threading.Thread(target=_loop, args=(context, app), name="sweep", daemon=True).start()
+    threading.Thread(target=_orphans_loop, args=(context,), name="orphans", daemon=True).start()
 
 
 def _loop(context: Context, app: Celery) -> None:
@@ -47,6 +48,43 @@ def _loop(context: Context, app: Celery) -> None:
             slow = False
         if slow:
             patient_until = time.monotonic() + settings.lease_seconds
+
+
+def _orphans_loop(context: Context) -> None:
+    # Not at once: whoever started with the wrong database has an hour to see it.
+    while not context.stopping.wait(_ORPHANS_SECONDS):
+        try:
+            with context.sessions.begin() as session:
+                mine = workers.take_duty(session, _ORPHANS_DUTY, context.owner, _ORPHANS_SECONDS)
+            if mine:
+                remove_orphans(context)
+        except Exception:
+            logger.exception("files of nobody are not removed")
+
+
+def remove_orphans(context: Context) -> None:
+    """Remove what was stored and has no row, because its process died before it could write or delete."""
+    for folder in ("datasets", "jobs", "adapters"):
+        _remove_orphans(context, folder)
+    for job in context.storage.folders("jobs"):
+        _remove_orphans(context, f"jobs/{job}/checkpoints")
+    for adapter in context.storage.folders("adapters"):
+        _remove_orphans(context, f"adapters/{adapter}/exports")
+
+
+def _remove_orphans(context: Context, folder: str) -> None:
+    # The files before the rows: a row that comes in between is seen.
+    if not (names := context.storage.folders(folder)):
+        return
+    with reading(context.sessions) as session:
+        left = orphans.among(session, folder, names)
+    for key in (f"{folder}/{name}" for name in left):
+        try:
+            context.storage.delete(key)
+        except Exception:
+            logger.exception("files without a row are not removed", extra={"key": key})
+        else:
+            logger.info("removed files without a row", extra={"key": key})
 
 
 def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:

@@ -103,6 +103,16 @@ def test_delete_takes_a_file_or_a_folder_and_is_repeatable(storage: Storage, sou
     assert keys(storage) == ["folder-2/z"]
 
 
+def test_folders_are_listed_by_name(storage: Storage, source: Path) -> None:
+    assert storage.folders("jobs") == []
+    for key in ("jobs/file", "jobs/job_1/x", "jobs/job_1/deep/y", "jobs/job_2/z", "jobs-2/job_3/x"):
+        storage.put(source, key)
+    assert sorted(storage.folders("jobs")) == ["job_1", "job_2"]
+    assert storage.folders("jobs/job_1") == ["deep"]
+    storage.delete("jobs/job_1")
+    assert storage.folders("jobs") == ["job_2"]
+
+
 def test_a_folder_is_put_with_the_named_files_only(storage: Storage, tmp_path: Path) -> None:
     folder = tmp_path / "made"
     (folder / "sub").mkdir(parents=True)

@@ -2,16 +2,22 @@
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
+from ulid import ULID
 
 from core.control import queue
 from core.control.db import Session, Sessions, reading
 from core.control.running import workers
-from core.control.tables import Worker
+from core.control.tables import Project, Worker, utcnow
+from tests.control import rows
 from worker import maintenance
 from worker.context import Context
 
@@ -60,3 +66,85 @@ def test_a_job_that_ends_while_its_folder_is_looked_at_disturbs_no_sweep(
     monkeypatch.setattr(maintenance, "reading", ends)
     maintenance.sweep(context, queue.create(context.settings), trust_leases=True)
     assert not folder.exists()
+
+
+def stored(context: Context) -> list[str]:
+    root = Path(context.settings.storage)
+    return sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file())
+
+
+def test_files_that_no_row_names_are_removed_after_a_day(
+    context: Context, project_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    job = rows.job(context.sessions, project_id)
+    adapter = rows.adapter(project_id, job.id)
+    with context.sessions.begin() as session:
+        session.add(adapter)
+        session.get_one(Project, project_id).created_at = utcnow() - timedelta(days=3)
+    export = rows.export(context.sessions, adapter.id)
+    old, new = (str(ULID.from_timestamp(time.time() - days * 86400)) for days in (2, 0))
+    kept = [
+        f"{adapter.key}/files/weights",
+        f"{export.key}/export.zip",
+        f"adapters/ad_{new}/adapter.zip",
+        f"{adapter.key}/exports/exp_{new}/export.zip",
+        f"datasets/ds_{new}/data",
+        f"jobs/{job.id}/logs/1.txt",
+        "datasets/mine/data",
+    ]
+    left = [
+        f"adapters/ad_{old}/adapter.zip",
+        f"{adapter.key}/exports/exp_{old}/export.zip",
+        f"datasets/ds_{old}/data",
+        f"jobs/{job.id}/checkpoints/0-5/weights",
+        f"jobs/job_{old}/logs/1.txt",
+    ]
+    for key in kept + left:
+        (tmp_path / "file").write_bytes(b"bytes")
+        context.storage.put(tmp_path / "file", key)
+    maintenance.remove_orphans(context)
+    assert stored(context) == sorted(kept)
+    said = [record.key for record in caplog.records if record.message == "removed files without a row"]
+    assert sorted(said) == sorted(key.rpartition("/logs")[0] or str(Path(key).parent) for key in left)
+
+
+def test_what_cannot_be_removed_does_not_keep_the_rest(
+    context: Context, project_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with context.sessions.begin() as session:
+        session.get_one(Project, project_id).created_at = utcnow() - timedelta(days=3)
+    ids = [f"ds_{ULID.from_timestamp(time.time() - 86400 * 2)}" for _ in range(2)]
+    for id_ in ids:
+        (tmp_path / "file").write_bytes(b"bytes")
+        context.storage.put(tmp_path / "file", f"datasets/{id_}/data")
+    delete = context.storage.delete
+
+    def refuse(key: str) -> None:
+        if key.endswith(ids[0]):
+            raise PermissionError(key)
+        delete(key)
+
+    monkeypatch.setattr(context.storage, "delete", refuse)
+    maintenance.remove_orphans(context)
+    assert stored(context) == [f"datasets/{ids[0]}/data"]
+
+
+class HourThenStop(threading.Event):
+    """An hour that passes at once, and a shutdown after it."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout == 3600
+        stopped = self.is_set()
+        self.set()
+        return stopped
+
+
+def test_one_worker_an_hour_looks_for_files_of_nobody(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(maintenance, "remove_orphans", lambda context: looked.append(context.owner))
+    for owner in ("worker_1", "worker_2"):
+        maintenance._orphans_loop(replace(context, owner=owner, stopping=HourThenStop()))
+    assert looked == ["worker_1"]

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from core.errors import GraftError
 from core.ml.inference.batch.attention import Cache
 from core.ml.inference.batch.lora import Adapter
@@ -51,7 +53,7 @@ class Request:
 @dataclass(eq=False)
 class Answering:
     """The state of one answer. `after`: another answer to the same prompt, which is to read it first; `reading_since`: the
-    time from which it waited for its adapter alone."""
+    time from which it waited for its adapter alone; `room_made`: whatever can be dropped was dropped for it."""
 
     request: Request
     ends: frozenset[int]
@@ -60,6 +62,7 @@ class Answering:
     cancelled: Callable[[], bool]
     after: "Answering | None" = None
     reading_since: float | None = None
+    room_made: bool = False
     new: list[int] = field(default_factory=list)
     path: Literal["batch", "compat"] = "batch"
     cached: int = 0
@@ -142,6 +145,9 @@ def failed(error: Exception) -> GraftError:
     """What the one is told whose answer broke with this."""
     if isinstance(error, GraftError):
         return error
+    if isinstance(error, torch.OutOfMemoryError):
+        message = "There is no memory for this answer beside what runs on this machine."
+        return GraftError("device_full", message, status=503)
     return GraftError(
         "engine_error", f"The engine failed on this request: {type(error).__name__}: {error}", status=502
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,11 +20,12 @@ from core.errors import GraftError, NotFound
 from core.ml import base_model, catalogue
 from core.ml.base_model import Precision
 from core.ml.catalogue import Catalogue
-from core.ml.inference import bases, compat
+from core.ml.inference import bases, compat, memory
 from core.ml.inference.answering import Answering, Request, Told, device_busy, failed, unavailable
 from core.ml.inference.bases import Base
 from core.ml.inference.batch.lora import Adapter
 from core.ml.inference.batch.model import Batched
+from core.ml.inference.memory import Shared
 from core.ml.inference.sampling import Sampling
 from core.ml.inference.scheduler import Limits, Scheduler
 from core.ml.inference.store import adapters
@@ -38,14 +39,6 @@ logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.2
 # And while an adapter is being read.
 _ADAPTER_SECONDS = 0.01
-
-
-class Shared(Protocol):
-    """A device that others need too. Holding it keeps nobody out: it tells those who want it that they have to wait."""
-
-    def wanted(self) -> bool: ...
-    def hold(self) -> None: ...
-    def give_back(self) -> None: ...
 
 
 class Engine:
@@ -74,7 +67,7 @@ class Engine:
         self._held: str | None = None
         self._model: Any = None
         self._scheduler: Scheduler | None = None
-        self._alone = False
+        self._by_peft = False
         # Guards what follows, and wakes the thread.
         self._changed = threading.Condition()
         self._waiting: list[Answering] = []
@@ -157,7 +150,7 @@ class Engine:
         scheduler = self._scheduler
         return {
             "base_model": self._held,
-            "running": int(self._alone) + (len(scheduler.running) if scheduler else 0),
+            "running": int(self._by_peft) + (len(scheduler.running) if scheduler else 0),
             "waiting": len(self._waiting),
             "adapters": len(self._adapters),
         }
@@ -247,14 +240,16 @@ class Engine:
             self._hold(head.request.base, unfused=self._apart(head))
             if not self._apart(head):
                 if self._scheduler is None:
-                    model = Batched(self._model)
-                    self._scheduler = Scheduler(model, self._adapters, self._prefixes, self.limits)
+                    # Under a name of its own the model would outlive its release here.
+                    self._scheduler = Scheduler(
+                        Batched(self._model), self._adapters, self._prefixes, self.limits
+                    )
                 return
             if self._scheduler is not None:
                 self._scheduler.model.close()
                 self._scheduler = None
             self._withdraw(head)
-            head.path, self._alone = "compat", True
+            head.path, self._by_peft = "compat", True
             compat.answer(self._model, head, self._look_up)
         except Exception as error:
             logger.exception("%s", head.request.base)
@@ -263,10 +258,11 @@ class Engine:
                 isinstance(error, GraftError) and self._model is not None and compat.is_bare(self._model)
             ):
                 # Whatever half of it is in memory must not answer anybody.
+                memory.let_go(error)
                 self._release()
             head.fail(failed(error))
         finally:
-            self._alone = False
+            self._by_peft = False
 
     def _withdraw(self, one: Answering) -> None:
         with self._changed:

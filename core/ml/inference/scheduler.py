@@ -10,6 +10,7 @@ from torch import Tensor
 
 from core.errors import GraftError
 from core.ml import base_model
+from core.ml.inference import memory
 from core.ml.inference.answering import Answering, failed
 from core.ml.inference.batch.model import Batched, Row
 from core.ml.inference.sampling import Choice, Sampler
@@ -102,9 +103,11 @@ class Scheduler:
             self.prefixes.fill(one.cache, one.root, one.request.prompt)
         except Exception as error:
             self._give_back(one)
-            if isinstance(error, torch.OutOfMemoryError) and self.running:
-                self._make_room()
-                return False
+            if isinstance(error, torch.OutOfMemoryError):
+                self._make_room(error)
+                if self.running or not one.room_made:
+                    one.room_made = not self.running
+                    return False
             logger.exception("an answer of %s", source.name if source else one.request.base)
             one.fail(failed(error))
             return True
@@ -153,48 +156,51 @@ class Scheduler:
             found = list(zip(answered, self.model.read([row for _, row in rows]), strict=True))
         except torch.OutOfMemoryError as error:
             logger.warning("out of memory with %d tokens in a step: %s", self.step_tokens, error)
-            return self._with_less(rows, error)
+            self._make_room(error)
+            return self._with_less(rows)
         except Exception as error:
             logger.exception("a step of %d answers", len(rows))
-            return self._alone(rows, error)
+            memory.let_go(error)
+            return self._one_by_one(rows)
         self._failures = 0
         self._good += 1
         if self._good >= _GOOD_STEPS and self.step_tokens < self.limits.step_tokens:
             self._good, self.step_tokens = 0, min(self.step_tokens * 2, self.limits.step_tokens)
         return found
 
-    def _make_room(self) -> None:
+    def _make_room(self, error: torch.OutOfMemoryError) -> None:
+        memory.let_go(error)
         self.prefixes.clear()
         self.model.routing.forget()
         torch.cuda.empty_cache()
 
-    def _with_less(
-        self, rows: Sequence[tuple[Answering, Row]], error: Exception
-    ) -> list[tuple[Answering, Tensor]]:
+    def _with_less(self, rows: Sequence[tuple[Answering, Row]]) -> list[tuple[Answering, Tensor]]:
         """The step is done anew, by the next call, with half as many tokens."""
-        self._make_room()
         self._good = 0
         if self.step_tokens <= _FEWEST_STEP_TOKENS:
-            return self._alone(rows, error)
+            return self._one_by_one(rows)
         self.step_tokens //= 2
         return []
 
-    def _alone(
-        self, rows: Sequence[tuple[Answering, Row]], error: Exception
-    ) -> list[tuple[Answering, Tensor]]:
-        found = []
+    def _one_by_one(self, rows: Sequence[tuple[Answering, Row]]) -> list[tuple[Answering, Tensor]]:
+        found, broken = [], None
         for one, row in rows:
             try:
-                if len(rows) == 1:
-                    raise error
                 logits = self.model.read([row])
-            except Exception as alone:  # noqa: BLE001 - it is told to the one whom it concerns
-                one.fail(failed(alone))
+            except torch.OutOfMemoryError as error:
+                # It asks for more than there is; that says nothing of the engine.
+                one.fail(failed(error))
+            except Exception as error:  # noqa: BLE001 - it is told to the one whom it concerns
+                one.fail(failed(error))
+                broken = error
             else:
                 found += [(one, logits[0])] if row.answered else []
-        self._failures = 0 if any(not one.over for one, _ in rows) else self._failures + 1
+        if any(not one.over for one, _ in rows):
+            self._failures = 0
+        elif broken is not None:
+            self._failures += 1
         if self._failures >= _FAILURES:
-            raise EngineBroken(str(error)) from error
+            raise EngineBroken(str(broken)) from broken
         return found
 
     def _choose(self, one: Answering, logits: Tensor) -> None:
@@ -229,8 +235,8 @@ class Scheduler:
             return
         try:
             self.prefixes.keep(one.cache, one.root, tokens[: one.cache.length])
-        except torch.OutOfMemoryError:
-            self._make_room()
+        except torch.OutOfMemoryError as error:
+            self._make_room(error)
 
 
 def _too_long(one: Answering, room: int, *, fixed: bool) -> GraftError:

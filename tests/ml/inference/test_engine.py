@@ -268,8 +268,16 @@ def broken_for(engine: Engine, token: int, error: Exception) -> None:
     scheduler.model.read = reads  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a kernel"), torch.OutOfMemoryError("too much")])
-def test_a_step_that_fails_ends_the_one_it_fails_for(engine: Engine, base: Path, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("a kernel"), ("engine_error", 502)),
+        (torch.OutOfMemoryError("too much"), ("device_full", 503)),
+    ],
+)
+def test_a_step_that_fails_ends_the_one_it_fails_for(
+    engine: Engine, base: Path, error: Exception, told: tuple[str, int]
+) -> None:
     ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
     broken_for(engine, 300, error)
     prompt = [token for token in PROMPT if token != 300]
@@ -278,7 +286,7 @@ def test_a_step_that_fails_ends_the_one_it_fails_for(engine: Engine, base: Path,
     bad = ask(engine, tiny.NAME, [*prompt, 300], Sampling(12))
     with pytest.raises(GraftError) as caught:
         bad.wait()
-    assert (caught.value.code, caught.value.status) == ("engine_error", 502)
+    assert (caught.value.code, caught.value.status) == told
     assert 300 not in wanted
     assert [one.wait().tokens for one in good] == [wanted] * 3
     assert idle(engine)

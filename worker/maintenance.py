@@ -16,7 +16,6 @@ from core.control import queue
 from core.control.db import DatabaseUnavailable, reading
 from core.control.running import attempts, orphans, probes, workers
 from core.control.tables import FINISHED, Job
-from core.errors import Fenced
 from worker.context import Context
 
 logger = logging.getLogger(__name__)
@@ -105,21 +104,15 @@ def _take_back(context: Context, trust_leases: bool) -> None:
         for job in attempts.lost(session, dead):
             if job.owner not in dead and not trust_leases:
                 continue
-            try:
-                attempts.crash(
-                    session,
-                    job.id,
-                    job.fence,
-                    "its worker was lost",
-                    code="worker_lost",
-                    max_crashes=context.settings.max_crashes,
-                )
-                logger.warning(
-                    "took a job back from a lost worker",
-                    extra={"job_id": job.id, "owner": job.owner},
-                )
-            except Fenced:
-                continue
+            attempts.crash(
+                session,
+                job.id,
+                job.fence,
+                "its worker was lost",
+                code="worker_lost",
+                max_crashes=context.settings.max_crashes,
+            )
+            logger.warning("took a job back from a lost worker", extra={"job_id": job.id, "owner": job.owner})
         workers.forget(session, dead)
 
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from core.ml.training import config
 from core.ml.training.config import Spec
 from tests.control import rows
 from worker import jobs, train
+from worker.attempt import artifacts, supervise
 from worker.child import spawn
 from worker.context import Context
 
@@ -197,3 +199,38 @@ def test_what_no_row_can_hold_is_left_out_of_what_a_child_says(
         "step": 1,
         "samples": [{"prompt": "Hi", "text": "a\ufffdb", "scores": [0.5, None]}],
     }
+
+
+@pytest.mark.usefixtures("job")
+def test_one_log_at_a_time_waits_behind_a_checkpoint(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, stored = threading.Event(), threading.Event()
+    logs: list[Any] = []
+
+    class Uploader(ThreadPoolExecutor):
+        def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+            if function is artifacts.store_log:
+                logs.append(args)
+            return super().submit(function, *args, **named)
+
+    def store(*_: Any) -> None:
+        begun.set()
+        stored.wait(30)
+
+    monkeypatch.setattr(supervise, "ThreadPoolExecutor", Uploader)
+    monkeypatch.setattr(supervise, "_LOG_SECONDS", 0)
+    monkeypatch.setattr(artifacts, "store_checkpoint", store)
+    checkpoint = {"step": 1, "folder": "", "files": []}
+    said: list[Report] = [("phase", {"phase": "training"}), ("checkpoint", checkpoint)]
+    play(monkeypatch, context, train=Played(said, stays=True))
+    worker = threading.Thread(target=jobs.run, args=(context,))
+    worker.start()
+    assert begun.wait(20)
+    time.sleep(0.5)  # many looks at the child
+    waiting = len(logs)
+    context.stopping.set()
+    stored.set()
+    worker.join(30)
+    assert not worker.is_alive()
+    assert 1 <= waiting <= 2  # one before the checkpoint, one behind it

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from core.control.db import DatabaseUnavailable, Session, reading
@@ -100,10 +100,12 @@ def _until_end(
 ) -> None:
     written = heard = logged = time.monotonic()
     told = False
+    log: Future[None] | None = None
     for news in process.news(_TICK_SECONDS):
-        if time.monotonic() - logged > _LOG_SECONDS:
+        # One at a time: behind a checkpoint that takes minutes, each would store the same file.
+        if time.monotonic() - logged > _LOG_SECONDS and (log is None or log.done()):
             logged = time.monotonic()
-            uploader.submit(artifacts.store_log, context, attempt.job, attempt.work)
+            log = uploader.submit(artifacts.store_log, context, attempt.job, attempt.work)
         for kind, data in news:
             _take(context, attempt, kind, data, uploader)
         heard = time.monotonic() if news else heard

@@ -1,43 +1,13 @@
 """A training as the YAML that axolotl 0.19 and LLaMA-Factory 0.9.5 read. No torch."""
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 from core.ml.export.scripts.recipe import Data, Plan
 
 
 def text(lines: dict[str, Any]) -> str:
     return "".join(f"{name}: {_yaml(value)}\n" for name, value in lines.items())
-
-
-def notes(tool: Literal["axolotl", "llamafactory"], plan: Plan, data: Data) -> list[str]:
-    made = f"graft export job {plan.job_id} --as trl > train.py, then: python train.py --data {json.dumps(data.filename)} --write-messages"
-    found = [f"The data in this tool's form is made by: {made} data.jsonl"]
-    if plan.second_set:
-        found.append("So are the validation rows, from their own file: the same with valid.jsonl.")
-    if tool == "llamafactory":
-        entry = {
-            "file_name": "data.jsonl",
-            "formatting": "sharegpt",
-            "columns": {"messages": "messages"},
-            "tags": {
-                "role_tag": "role",
-                "content_tag": "content",
-                "user_tag": "user",
-                "assistant_tag": "assistant",
-                "system_tag": "system",
-            },
-        }
-        entries = {"data": entry} | (
-            {"valid": entry | {"file_name": "valid.jsonl"}} if plan.second_set else {}
-        )
-        found.append(f"dataset_info.json beside it: {json.dumps(entries)}")
-        found.append("No template is named: it is read from the tokenizer's chat template.")
-        if plan.spec.lora.init == "gaussian":
-            found.append("A Gaussian start of the LoRA weights cannot be said.")
-        if plan.spec.quantization.bits == 16:
-            found.append("The base is not quantized: plain LoRA.")
-    return found
 
 
 def axolotl(plan: Plan, data: Data) -> dict[str, Any]:
@@ -62,7 +32,6 @@ def axolotl(plan: Plan, data: Data) -> dict[str, Any]:
         "gradient_accumulation_steps": plan.accumulation,
         "learning_rate": training.learning_rate,
         "lr_scheduler": training.scheduler,
-        "warmup_ratio": training.warmup_ratio,
         "optimizer": plan.optimizer,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
@@ -79,6 +48,11 @@ def axolotl(plan: Plan, data: Data) -> dict[str, Any]:
             "bnb_4bit_quant_type": spec.quantization.type,
             "bnb_4bit_use_double_quant": spec.quantization.double_quant,
         }
+    lines |= (
+        {"warmup_ratio": training.warmup_ratio}
+        if plan.warmup_steps is None
+        else {"warmup_steps": plan.warmup_steps}
+    )
     every = lora.target_modules == "all-linear"
     lines |= {"lora_target_linear": True} if every else {"lora_target_modules": lora.target_modules}
     lines |= (
@@ -99,14 +73,17 @@ def _axolotl_set(file: str, data: Data, loss_on: str) -> dict[str, Any]:
     entry: dict[str, Any] = {"path": file, "ds_type": "json", "split": "train"}
     if data.is_text:
         return entry | {"type": "completion", "field": "text"}
-    return entry | {
+    entry |= {
         "type": "chat_template",
         "chat_template": "tokenizer_default",
         "field_messages": "messages",
         "message_property_mappings": {"role": "role", "content": "content"},
-        "roles_to_train": ["user", "assistant", "system"] if loss_on == "all" else ["assistant"],
-        "train_on_eos": "last" if loss_on == "completion" else "turn",
+        "train_on_eos": "turn",
     }
+    if loss_on == "all":
+        return entry | {"roles_to_train": ["user", "assistant", "system", "tool"]}
+    # The data file has weight 0 at each answer that is not trained, be it by its row or by loss_on.
+    return entry | {"roles_to_train": ["assistant"], "message_field_training": "weight"}
 
 
 def llamafactory(plan: Plan, data: Data) -> dict[str, Any]:
@@ -128,15 +105,17 @@ def llamafactory(plan: Plan, data: Data) -> dict[str, Any]:
         "dataset": "data",
         "cutoff_len": plan.max_length,
         "packing": plan.packing,
-        "neat_packing": plan.packing,
-        "train_on_prompt": training.loss_on == "all",
-        "mask_history": training.loss_on == "completion",
+        # It stops at any of these three where the rows are texts without turns.
+        "neat_packing": plan.packing and not data.is_text,
+        "train_on_prompt": training.loss_on == "all" and not data.is_text,
+        "mask_history": training.loss_on == "completion" and not data.is_text,
         "per_device_train_batch_size": plan.batch_size,
         "per_device_eval_batch_size": plan.batch_size,
         "gradient_accumulation_steps": plan.accumulation,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.scheduler,
-        "warmup_steps": training.warmup_ratio,
+        # A share of the steps, where it is below 1.
+        "warmup_steps": training.warmup_ratio if plan.warmup_steps is None else plan.warmup_steps,
         "optim": plan.optimizer,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
@@ -170,6 +149,25 @@ def llamafactory(plan: Plan, data: Data) -> dict[str, Any]:
         "adapter_name_or_path": "./start" if spec.continue_from else None,
     }
     return lines | {name: value for name, value in optional.items() if value is not None}
+
+
+def dataset_info(plan: Plan, data: Data) -> dict[str, Any]:
+    """The entries of LLaMA-Factory's dataset_info.json."""
+    form: dict[str, Any] = {
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+            "system_tag": "system",
+        },
+    }
+    if data.is_text:
+        form = {"columns": {"prompt": "text"}}
+    names = ["data", "valid"] if plan.second_set else ["data"]
+    return {name: {"file_name": f"{name}.jsonl"} | form for name in names}
 
 
 def _yaml(value: Any) -> str:

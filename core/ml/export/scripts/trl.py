@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pprint import pformat
 from typing import Any
 
+from core.ml import rendering
 from core.ml.export.scripts.recipe import Data
 
 
@@ -26,6 +27,7 @@ import argparse
 import csv
 import gzip
 import json
+import random
 import re
 
 import torch
@@ -53,24 +55,36 @@ def rows(path):
         return [json.loads(line) for line in file if line.strip()]
 '''
 
+# What turns have beside their role and their text.
+_BESIDE = """
+BESIDE = ("weight", "name", "tool_calls", "tool_call_id")
+
+
+def turn_of(turn, role, content, roles):
+    beside = {name: turn[name] for name in BESIDE if turn.get(name) is not None}
+    return {"role": roles.get(turn[role], turn[role]), "content": turn.get(content), **beside}
+
+
+def conversation(row, turns):
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return {"messages": system + turns, "tools": row.get("tools")}
+
+"""
+
 _READERS = {
     "messages": """
 def example(row):
     return {"messages": row["messages"], "tools": row.get("tools")}
 """,
-    "sharegpt": """
+    "sharegpt": _BESIDE
+    + """
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 def example(row):
-    turns = [
-        {"role": ROLES.get(turn.get("from", turn.get("role")), turn.get("from", turn.get("role"))),
-         "content": turn.get("value", turn.get("content"))}
-        for turn in row["conversations"]
-    ]
-    if row.get("system"):
-        turns.insert(0, {"role": "system", "content": row["system"]})
-    return {"messages": turns, "tools": row.get("tools")}
+    turns = row["conversations"]
+    names = ("from", "value") if "from" in turns[0] else ("role", "content")
+    return conversation(row, [turn_of(turn, *names, ROLES) for turn in turns])
 """,
     "prompt_completion": """
 def example(row):
@@ -79,6 +93,7 @@ def example(row):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
+    prompt = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in prompt]
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     return {"messages": system + prompt + completion, "tools": row.get("tools")}
 """,
@@ -136,33 +151,67 @@ def example(row):
     turns = [{"role": turn["role"], "content": fill(turn["content"], row)} for turn in MAPPING["messages"]]
     return {"messages": [turn for turn in turns if turn["content"] or turn["role"] != "system"]}
 """,
-    "column": """
+    "column": _BESIDE
+    + """
 def example(row):
     role, content = MAPPING.get("role", "role"), MAPPING.get("content", "content")
     roles = {"human": "user", "gpt": "assistant"} | MAPPING.get("roles", {})
     turns = row[MAPPING["messages"]]
     if isinstance(turns, str):
         turns = json.loads(turns)
-    return {"messages": [{"role": roles.get(turn[role], turn[role]), "content": turn[content]} for turn in turns]}
+    return conversation(row, [turn_of(turn, role, content, roles) for turn in turns])
 """,
 }
 
 _TRAIN = '''
 
-def prepared(path):
+def trained(turns):
+    """The places of the answers that are trained, where it is not the whole conversation."""
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    asked = answers[-1:] if LOSS_ON == "completion" else answers
+    return [i for i in asked if turns[i].get("weight") != 0]
+
+
+def marked(row):
+    """The row for other tools: its messages with weight 0 at the answers that are not trained, or its text."""
+    one = {name: value for name, value in example(row).items() if value}
+    if turns := one.get("messages"):
+        rest = {i for i, turn in enumerate(turns) if turn["role"] == "assistant"} - {*trained(turns)}
+        one["messages"] = [turn | {"weight": 0} if i in rest else turn for i, turn in enumerate(turns)]
+    return one
+
+
+def divided(examples):
+    """The rows to train and those held back: whole ones, so that no conversation is on both sides."""
+    if not FRACTION:
+        return examples, []
+    random.Random(TRAINING["seed"]).shuffle(examples)
+    count = max(1, round(FRACTION * len(examples)))
+    return examples[count:], examples[:count]
+
+
+def prepared(examples):
     """What SFTTrainer takes: texts, whole conversations, or one row for each answer to train."""
     made = []
-    for row in rows(path):
-        one = example(row)
+    for one in examples:
         tools = {"tools": one["tools"]} if one.get("tools") else {}
         if "text" in one or LOSS_ON == "all":
             made.append({name: value for name, value in one.items() if value})
             continue
         turns = one["messages"]
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("weight") != 0]
-        for i in answers[-1:] if LOSS_ON == "completion" else answers:
+        for i in trained(turns):
             made.append({"prompt": turns[:i], "completion": [turns[i]], **tools})
-    return Dataset.from_list(made)
+    # Otherwise every turn and call would get each field and argument that any other has, as null.
+    return Dataset.from_list(made, on_mixed_types="use_json")
+
+
+def with_template(tokenizer):
+    """The tokenizer, with a plain chat template where the model has none."""
+    if tokenizer.chat_template is None:
+        start = tokenizer.bos_token_id
+        begins = start is not None and tokenizer("")["input_ids"][:1] == [start]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN
+    return tokenizer
 
 
 def main():
@@ -176,13 +225,14 @@ def main():
     if asked.write_messages:
         with open(asked.write_messages, "w", encoding="utf-8") as file:
             for row in rows(asked.data):
-                one = {name: value for name, value in example(row).items() if value}
-                file.write(json.dumps(one, ensure_ascii=False) + "\\n")
+                file.write(json.dumps(marked(row), ensure_ascii=False) + "\\n")
         return
-    train, valid = prepared(asked.data), prepared(asked.valid) if asked.valid else None
-    if valid is None and FRACTION:
-        parts = train.train_test_split(test_size=FRACTION, seed=TRAINING["seed"])
-        train, valid = parts["train"], parts["test"]
+    examples = [example(row) for row in rows(asked.data)]
+    if asked.valid:
+        held = [example(row) for row in rows(asked.valid)]
+    else:
+        examples, held = divided(examples)
+    train, valid = prepared(examples), prepared(held) if held else None
     if valid is None:
         TRAINING.update(eval_strategy="no", eval_steps=None)
     quantization = BitsAndBytesConfig(**QUANTIZATION) if QUANTIZATION else None
@@ -196,7 +246,7 @@ def main():
         args=SFTConfig(output_dir=asked.output, use_cpu=not torch.cuda.is_available(), **TRAINING),
         train_dataset=train,
         eval_dataset=valid,
-        processing_class=AutoTokenizer.from_pretrained(asked.model),
+        processing_class=with_template(AutoTokenizer.from_pretrained(asked.model)),
         peft_config=None if START else LoraConfig(**LORA),
     )
     trainer.train()
@@ -220,6 +270,7 @@ def text(head: str, settings: Settings, data: Data) -> str:
         "FRACTION": settings.fraction,
         "LOSS_ON": settings.loss_on,
         "TRAINING": settings.training,
+        "PLAIN": rendering.PLAIN,
     }
     if data.mapping is not None:
         constants["MAPPING"] = data.mapping

@@ -4,15 +4,14 @@ What the tool cannot express, or does differently, is said in a comment at the t
 """
 
 import json
-from typing import Any, Literal
+from typing import Any
 
-from core.ml.export.scripts import configurations
+from core.ml.export.scripts import configurations, notes
 from core.ml.export.scripts import trl as trl_script
-from core.ml.export.scripts.recipe import Data, Plan
+from core.ml.export.scripts.recipe import Data, Plan, Tool
 from core.ml.training.config import Spec
 from core.ml.training.spec import support
 
-Tool = Literal["trl", "axolotl", "llamafactory"]
 # What stands for "auto" where the job was never planned, because it has not started.
 _AUTO_LENGTH = 2048
 
@@ -20,13 +19,13 @@ _AUTO_LENGTH = 2048
 def write(tool: Tool, job_id: str, model: str, spec: dict[str, Any], data: Data) -> str:
     """The text of the script. `spec` is a training job's row, whether it ran already or not."""
     plan = _plan(job_id, model, spec)
+    head = _head(plan, data, notes.of(tool, plan, data))
     if tool == "trl":
-        return trl_script.text(_head(plan, data, _notes(plan, data)), _trl(plan), data)
+        return trl_script.text(head, _trl(plan), data)
     lines = (
         configurations.axolotl(plan, data) if tool == "axolotl" else configurations.llamafactory(plan, data)
     )
-    notes = [*_notes(plan, data), *configurations.notes(tool, plan, data)]
-    return f"{_head(plan, data, notes)}\n{configurations.text(lines)}"
+    return f"{head}\n{configurations.text(lines)}"
 
 
 def _plan(job_id: str, model: str, kept: dict[str, Any]) -> Plan:
@@ -51,41 +50,11 @@ def _plan(job_id: str, model: str, kept: dict[str, Any]) -> Plan:
     )
 
 
-def _head(plan: Plan, data: Data, notes: list[str]) -> str:
+def _head(plan: Plan, data: Data, said: list[str]) -> str:
     """The comment at the top. What people wrote stands in JSON there, so that it cannot end a line."""
     lines = [f"Job {plan.job_id} of Graft: {json.dumps(plan.model)} on {json.dumps(data.filename)}."]
-    lines += [f"- {note}" for note in notes]
+    lines += [f"- {note}" for note in said]
     return "".join(f"# {line}\n" for line in lines)
-
-
-def _notes(plan: Plan, data: Data) -> list[str]:
-    """What all three tools do differently."""
-    spec, training = plan.spec, plan.spec.training
-    notes = [
-        "Graft keeps LoRA weights in float32 while it trains; this tool may not.",
-        "Rows are shuffled in another order, so losses are near to Graft's, not equal.",
-    ]
-    if training.max_length == "auto":
-        notes.append(f"The job has not been planned yet: {plan.max_length} tokens stand for max_length auto.")
-    if training.overlength == "error":
-        notes.append("Graft refuses rows that are too long; here they are cut or dropped.")
-    if training.overlength == "truncate":
-        notes.append("Graft cuts long rows at the beginning of their prompt, never in the answer.")
-    if plan.fraction:
-        notes.append("Graft holds back rows with equal prompts together; here other rows are held back.")
-    if spec.evaluation.early_stopping:
-        notes.append("Early stopping and keeping the best checkpoint are left out.")
-    if spec.limits.max_seconds:
-        notes.append(f"The limit of {spec.limits.max_seconds} seconds is left out.")
-    if spec.continue_from:
-        notes.append(
-            f"It continues from adapter {json.dumps(spec.continue_from)}: download and unpack it to ./start."
-        )
-    if data.format == "mapping" and "layout" in (data.mapping or {}):
-        notes.append(
-            "The texts are conversations in a layout that only Graft reads: here whole texts are trained."
-        )
-    return notes
 
 
 def _trl(plan: Plan) -> trl_script.Settings:
@@ -126,7 +95,8 @@ def _trl(plan: Plan) -> trl_script.Settings:
             "gradient_accumulation_steps": plan.accumulation,
             "learning_rate": training.learning_rate,
             "lr_scheduler_type": training.scheduler,
-            "warmup_steps": training.warmup_ratio,  # a share, where it is below 1
+            # A share of the steps, where it is below 1.
+            "warmup_steps": training.warmup_ratio if plan.warmup_steps is None else plan.warmup_steps,
             "optim": plan.optimizer,
             "weight_decay": training.weight_decay,
             "max_grad_norm": training.max_grad_norm,

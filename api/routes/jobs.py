@@ -113,7 +113,7 @@ def list_(
             status=status,
             labels=labels,
         )
-        return Listing.of([JobOut.of(session, row) for row in rows], page.limit)
+        return Listing.of(JobOut.page(session, rows), page.limit)
 
 
 @router.get("/{job_id}")

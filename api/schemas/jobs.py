@@ -137,7 +137,15 @@ class JobOut(BaseModel):
 
     @classmethod
     def of(cls, session: Session, job: Job) -> "JobOut":
-        position = jobs.position(session, job)
+        return cls.page(session, [job])[0]
+
+    @classmethod
+    def page(cls, session: Session, rows: list[Job]) -> "list[JobOut]":
+        positions = jobs.positions(session, rows)
+        return [cls._of(row, positions.get(row.id)) for row in rows]
+
+    @classmethod
+    def _of(cls, job: Job, position: int | None) -> "JobOut":
         total = job.total_steps
         done = job.status == JobStatus.SUCCEEDED
         percent = 100.0 if done else round(100 * job.step / total, 1) if total else 0.0

@@ -1,9 +1,9 @@
 """Jobs as clients see them: create, look, pause, resume, cancel, retry, delete. What workers write is in `attempts`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import and_, delete, func, or_, select
+from sqlalchemy import delete, func, select
 
 from core.control import adapters, datasets, db
 from core.control.db import Session
@@ -124,12 +124,15 @@ def page(
     return list(session.scalars(query.order_by(Job.id.desc()).limit(limit + 1)))
 
 
-def position(session: Session, job: Job) -> int | None:
-    """How many queued jobs come before this one: of higher priority, or as high and older. None: it is not queued."""
-    if job.status != JobStatus.QUEUED:
-        return None
-    before = or_(Job.priority > job.priority, and_(Job.priority == job.priority, Job.id < job.id))
-    return session.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED, before)) or 0
+def positions(session: Session, rows: Iterable[Job]) -> dict[str, int]:
+    """How many queued jobs come before each of these that is queued: of higher priority, or as high and older."""
+    ids = [job.id for job in rows if job.status == JobStatus.QUEUED]
+    if not ids:
+        return {}
+    before = func.row_number().over(order_by=(Job.priority.desc(), Job.id)) - 1
+    queue = select(Job.id, before.label("before")).where(Job.status == JobStatus.QUEUED).subquery()
+    found = {row.id: row.before for row in session.execute(select(queue).where(queue.c.id.in_(ids)))}
+    return {id_: found.get(id_, 0) for id_ in ids}  # 0: it left the queue in this moment
 
 
 def log_key(job_id: str, fence: int) -> str:

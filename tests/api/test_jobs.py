@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import redis
+from sqlalchemy import event
 
 from core.control import jobs
+from core.control.db import engine_of
 from core.control.running import attempts, events
 from core.control.tables import Asked
 from core.errors import GraftError
@@ -365,6 +367,25 @@ def test_lists_can_be_narrowed_and_paged(api: Api) -> None:
         made[2]: {"position": 1},
         made[3]: {"position": 2},
     }
+
+
+@only_sqlite
+def test_a_page_of_waiting_jobs_asks_once_for_their_positions(api: Api) -> None:
+    asked: list[str] = []
+
+    def note(*told: Any) -> None:
+        asked.append(told[2])
+
+    def asks(jobs: int) -> int:
+        for _ in range(jobs):
+            rows.job(api.sessions, api.project_id)
+        asked.clear()
+        assert api.client.get("/jobs").status_code == 200
+        return len(asked)
+
+    api.client.get("/jobs")  # the first use of a key is noted
+    event.listen(engine_of(api.sessions), "before_cursor_execute", note)
+    assert asks(1) == asks(3)
 
 
 # ---- Events

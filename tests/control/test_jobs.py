@@ -454,22 +454,31 @@ def test_any_name_of_metadata_can_be_asked_for(sessions: Sessions, project_id: s
     assert listed(sessions, project_id, labels={name: "yes"}) == [job.id]
 
 
+def positions(sessions: Sessions, *made: Job) -> list[int | None]:
+    with sessions() as session:
+        found = jobs.positions(session, made)
+    return [found.get(job.id) for job in made]
+
+
 def test_the_position_counts_the_queued_jobs_before(sessions: Sessions, project_id: str) -> None:
     first, second, third = (rows.job(sessions, project_id) for _ in range(3))
+    assert positions(sessions, first, second, third) == [0, 1, 2]
+    taken = rows.claimed(sessions, first.id)
+    assert positions(sessions, taken, second, third) == [None, 0, 1]
+    assert positions(sessions, third) == [1]
 
-    def positions() -> list[int]:
-        with sessions() as session:
-            return [jobs.position(session, job) for job in (first, second, third)]
 
-    assert positions() == [0, 1, 2]
-    rows.claimed(sessions, first.id)
-    assert positions()[1:] == [0, 1]
+def test_a_job_that_left_the_queue_since_it_was_read_has_a_position(
+    sessions: Sessions, project_id: str
+) -> None:
+    job = rows.job(sessions, project_id)
+    rows.claimed(sessions, job.id)
+    assert positions(sessions, job) == [0]
 
 
 def test_a_higher_priority_comes_before(sessions: Sessions, project_id: str) -> None:
-    first, second, high = (rows.job(sessions, project_id, priority=priority) for priority in (0, 0, 3))
-    with sessions() as session:
-        assert [jobs.position(session, job) for job in (first, second, high)] == [1, 2, 0]
+    made = [rows.job(sessions, project_id, priority=priority) for priority in (0, 0, 3)]
+    assert positions(sessions, *made) == [1, 2, 0]
 
 
 # ---- Idempotency

@@ -9,15 +9,15 @@ from weakref import WeakValueDictionary
 
 import httpx
 
-from core.errors import Conflict, GraftError, NotFound
+from core.errors import Conflict, GraftError
 
 # Beside the time that an answer may take: a first request waits until a base model is converted and loaded.
 _LOADING_SECONDS = 120
 # What an adapter is tried on: long enough to show what it does, short enough not to be noticed.
 _PROBE_PROMPT = 256
 _PROBE_TOKENS = 8
-_WRONG, _NOT_FOUND = 400, 404
-_PASSED_ON = (400, 404, 409, 422, 429, 503, 504)
+# What the engine says of the request is the client's business; the rest is ours.
+_PASSED_ON = (400, 404, 409, 422, 429, 503, 504, 507)
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class Engine:
         if target.path is not None and target.name not in self._loaded:
             await self._load(target, body["prompt"])
         response = await self._post("/v1/completions", body)
-        if response.status_code == _NOT_FOUND and target.path is not None:
+        if response.status_code == httpx.codes.NOT_FOUND and target.path is not None:
             # It forgot: it was started anew.
             await response.aclose()
             self._loaded.discard(target.name)
             await self._load(target, body["prompt"])
             response = await self._post("/v1/completions", body)
-        if response.status_code == _NOT_FOUND and target.path is None:
+        if response.status_code == httpx.codes.NOT_FOUND and target.path is None:
             await response.aclose()
             raise GraftError(
                 "model_not_served",
@@ -111,7 +111,7 @@ class Engine:
             raise _unavailable() from error
         finally:
             await response.aclose()
-        if response.status_code >= _WRONG and "already been loaded" not in text:
+        if response.is_error and "already been loaded" not in text:
             raise _not_loaded(target, response.status_code, text)
         if not _vouched_for(text):
             await self._probe(target, prompt[:_PROBE_PROMPT])
@@ -166,17 +166,17 @@ async def _read(response: httpx.Response) -> dict[str, Any]:
 
 async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     try:
-        async for line in response.aiter_lines():
-            if line == "data: [DONE]":
+        async for line in _lines(response):
+            if line == b"data: [DONE]":
                 return
-            if not line.startswith("data: "):
+            if not line.startswith(b"data: "):
                 continue
             try:
                 chunk: dict[str, Any] = json.loads(line[6:])
             except ValueError as error:
                 raise _no_json() from error
             if "error" in chunk:
-                raise GraftError(*_said(chunk), status=502)
+                raise _said(chunk, httpx.codes.BAD_GATEWAY, "The inference engine failed.")
             yield chunk
         raise _unavailable("The inference engine broke off in the middle of the answer.")
     except httpx.HTTPError as error:
@@ -186,28 +186,41 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
         await response.aclose()
 
 
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Not as httpx divides them, at all that Unicode calls the end of a line: JSON may hold most of it."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r")
+    yield rest
+
+
 async def _raise_for(response: httpx.Response) -> None:
-    if response.status_code < _WRONG:
+    if not response.is_error:
         return
     try:
         body = json.loads(await response.aread())
     except (ValueError, httpx.HTTPError):
         body = None
     await response.aclose()
-    code, message = _said(body, f"The inference engine answered {response.status_code}.")
-    # What the engine says of the request is the client's business; the rest is ours.
-    status = response.status_code if response.status_code in _PASSED_ON else 502
-    raise GraftError(code, message, status=status)
+    status = response.status_code
+    raise _said(body, status, f"The inference engine answered {status}.")
 
 
-def _said(body: Any, otherwise: str = "The inference engine failed.") -> tuple[str, str]:
-    """Code and message of an engine's error; vLLM's codes are the numbers of statuses."""
+def _said(body: Any, status: int, otherwise: str) -> GraftError:
+    """An engine's error; vLLM's codes are the numbers of statuses."""
     error = body.get("error") if isinstance(body, dict) else None
-    if not isinstance(error, dict):
-        return "engine_error", otherwise
-    code = error.get("code")
-    known = isinstance(code, str) and not code.isdecimal()
-    return str(code) if known else "engine_error", str(error.get("message") or otherwise)
+    told = error if isinstance(error, dict) else {}
+    texts = {name: value for name, value in told.items() if isinstance(value, str)}
+    code = texts.get("code", "")
+    return GraftError(
+        "engine_error" if not code or code.isdecimal() else code,
+        texts.get("message") or otherwise,
+        status=status if status in _PASSED_ON else httpx.codes.BAD_GATEWAY,
+        param=texts.get("param"),
+        hint=texts.get("hint"),
+    )
 
 
 def _vouched_for(text: str) -> bool:
@@ -224,17 +237,18 @@ def _not_loaded(target: Target, status: int, text: str) -> GraftError:
         body = json.loads(text)
     except ValueError:
         body = None
-    code, message = _said(body, f"The inference engine answered {status} when asked to load {target.name}.")
-    if "rank" in message and code == "engine_error":
+    error = _said(body, status, f"The inference engine answered {status} when asked to load {target.name}.")
+    known = error.code != "engine_error"
+    if "rank" in error.message and not known:
         hint = "Start vLLM with a --max-lora-rank that is large enough, or export the adapter merged."
         return Conflict(
-            "rank_not_served", f"The inference engine refuses {target.name}: {message}", hint=hint
+            "rank_not_served", f"The inference engine refuses {target.name}: {error.message}", hint=hint
         )
-    if code != "engine_error" and status in _PASSED_ON:
-        return NotFound(code, message) if status == _NOT_FOUND else GraftError(code, message, status=status)
+    if known and status in _PASSED_ON:
+        return error
     return GraftError(
         "adapter_not_loaded",
-        f"The inference engine did not load {target.name}: {message}",
+        f"The inference engine did not load {target.name}: {error.message}",
         status=502,
         hint="vLLM needs --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and to see the files under the same path.",
     )

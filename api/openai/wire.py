@@ -88,6 +88,7 @@ async def events(chunks: AsyncIterator[Json]) -> AsyncIterator[str]:
             "type": "server_error",
             "param": error.param,
             "code": error.code,
+            "hint": error.hint,
             "request_id": request_id.get(),
         }
         yield f"data: {json.dumps({'error': told})}\n\n"

@@ -176,6 +176,24 @@ def test_a_base_model_that_is_not_served_is_said(served: Served) -> None:
     assert (error.code, error.status) == ("model_not_served", 503)
 
 
+def test_what_is_wrong_with_a_request_keeps_its_name_and_its_remedy(storage: Path) -> None:
+    little = {"GRAFT_ENGINE_CACHE_BYTES": str(100 * 2 * 2 * 2 * 16 * 4)}
+    served = Ours(storage.parent / "home-little", storage.parent / "base", storage, **little)
+
+    async def talk(engine: Engine) -> None:
+        error = await refused(text(engine, BASE, logit_bias={"999999": 1}))
+        assert (error.code, error.status, error.param) == ("invalid_logit_bias", 400, "logit_bias")
+        for ask in (text, streamed):
+            error = await refused(ask(engine, BASE, max_tokens=200))
+            assert (error.code, error.status) == ("prompt_too_long", 400)
+            assert "GRAFT_ENGINE_CACHE_BYTES" in str(error.hint)
+
+    try:
+        talking(served.url, talk)
+    finally:
+        served.stop()
+
+
 def test_an_engine_that_is_not_there_is_said() -> None:
     async def talk(engine: Engine) -> GraftError:
         return await refused(text(engine, BASE))

@@ -20,7 +20,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 MAX_RANK = 16
-_WORDS = ["a ", "be ", "see ", "dee ", "ee ", "eff ", "gee ", "ouch "]
+# Some end with what ends a line elsewhere, but not in a stream of events.
+_WORDS = ["a ", "be\u2028", "see ", "dee\u2029", "ee ", "eff\x85", "gee ", "ouch "]
 
 
 class Vllm:
@@ -131,9 +132,9 @@ class Vllm:
                 raise ConnectionAbortedError("it dies")
             reason = "length" if i == len(tokens) - 1 else None
             choice = {"index": 0, "text": _WORDS[token], "logprobs": None, "finish_reason": reason}
-            yield f"data: {json.dumps({**head, 'choices': [choice], 'usage': None})}\n\n"
+            yield _event({**head, "choices": [choice], "usage": None})
             await asyncio.sleep(0)
-        yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
+        yield _event({**head, "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
 
     def _tokens(self, effect: str, prompt: list[int], count: int) -> list[tuple[int, float]]:
@@ -142,6 +143,10 @@ class Vllm:
             state = hashlib.sha256(state).digest()
             made.append((state[0] % len(_WORDS), -state[1] / 64))
         return made
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def _error(message: str, kind: str, status: int) -> Response:

@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import httpx
 import pytest
 import uvicorn
 
+from core.errors import GraftError
+from core.ml.inference.answering import Piece
 from tests import tiny
 from tests.ml.inference import strong
-from worker.inference.main import create_app
+from worker.inference import main
 
 KEY = "engine-key"
 PROMPT = strong.prompt(20)
@@ -71,7 +73,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         patch.setenv("GRAFT_ENGINE_BITS", "16")
         patch.setenv("GRAFT_ENGINE_RUNNING", "4")
         patch.setenv("GRAFT_ENGINE_WAITING", "8")
-        app = create_app()
+        app = main.create_app()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -177,6 +179,26 @@ LONG = {
     "logit_bias": NEVER,
     "temperature": 0,
 }
+
+
+def test_an_error_says_whose_it_is_also_in_a_stream(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = server.complete(logit_bias={"999999": 1}).json()["error"]
+    assert (wrong["type"], wrong["param"]) == ("invalid_request_error", "logit_bias")
+
+    async def told(*_asked: Any) -> AsyncIterator[tuple[int, Piece]]:
+        yield 0, Piece("a", [])
+        raise GraftError("device_full", "No memory.", status=503, hint="Wait.")
+
+    monkeypatch.setattr(main, "_told", told)
+    said = {
+        "message": "No memory.",
+        "type": "server_error",
+        "param": None,
+        "code": "device_full",
+        "hint": "Wait.",
+    }
+    assert server.stream()[-1] == {"error": said}
+    assert server.complete().json() == {"error": said}
 
 
 def test_hanging_up_ends_a_stream(server: Server) -> None:

@@ -234,15 +234,11 @@ async def _chunks(
             usage = {"usage": wire.usage(body, ends), "served_by": ends[0].path}
             yield wire.event({**head, "choices": [], **usage})
     except GraftError as error:
-        yield wire.event({"error": {"message": error.message, "code": error.code}})
+        yield wire.event(wire.error(error))
     yield "data: [DONE]\n\n"
 
 
 def _error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, GraftError)
     headers = {"retry-after": "5"} if error.status in (429, 503) else {}
-    return JSONResponse(
-        {"error": {"message": error.message, "type": "invalid_request_error", "code": error.code}},
-        error.status,
-        headers,
-    )
+    return JSONResponse(wire.error(error), error.status, headers)

@@ -8,9 +8,13 @@ from typing import Any
 
 from ulid import ULID
 
+from core.errors import GraftError
 from core.ml.inference.answering import Finish, Piece
 from core.ml.inference.sampling import Choice
 from worker.inference.schemas import Completion
+
+# From this status on an error is not the request's.
+_SERVER = 500
 
 
 @dataclass
@@ -64,6 +68,12 @@ def _name(token: int) -> str:
 
 def event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
+
+
+def error(told: GraftError) -> dict[str, Any]:
+    kind = "server_error" if told.status >= _SERVER else "invalid_request_error"
+    said = {"message": told.message, "type": kind, "param": told.param, "code": told.code, "hint": told.hint}
+    return {"error": said}
 
 
 def usage(body: Completion, ends: Sequence[Finish]) -> dict[str, Any]:

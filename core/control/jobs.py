@@ -238,7 +238,9 @@ def _queue_again(session: Session, job: Job, changes: dict[str, Any]) -> Sequenc
     before = spec_changes.merged(job.spec, {}) if changes else job.spec
     spec = spec_changes.merged(job.spec, changes) if changes else job.spec
     different = spec_changes.changed(before, spec)
-    reasons = spec_changes.unfit(before, spec, saved[0].step) if saved else []
+    planned = events.latest(session, job.id, "plan")
+    epoch = (planned.data or {}).get("steps_per_epoch") if planned else None
+    reasons = spec_changes.unfit(before, spec, saved[0].step, epoch) if saved else []
     whence = f"from the checkpoint of step {saved[0].step}" if saved else "from the beginning"
     dropped: Sequence[str] = []
     if reasons:

@@ -1,6 +1,7 @@
 """What is planned for a device: the fastest layout that fits into its memory."""
 
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,9 @@ def test_an_attempt_that_goes_on_keeps_its_weights_as_they_were() -> None:
     shape = memory.shape_of(SMALL)
     for kept in (True, False):
         assert plan.made(settle(Spec()), rows, device, shape, kept=kept).kept is kept
+    # Dequantised they take half a gigabyte: what cannot be held is given up, whatever it was before.
+    small = replace(device, free_bytes=GIGABYTE // 2)
+    assert plan.made(settle(Spec()), rows, small, shape, kept=True).kept is False
 
 
 def test_packed_rows_take_the_memory_of_whole_packs() -> None:

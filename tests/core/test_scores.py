@@ -105,6 +105,14 @@ def test_joined_tables_have_rows_that_meet() -> None:
     assert not sql.same_results(CITIES, join, join.replace("30", "31"))
 
 
+@pytest.mark.parametrize("length", [4_900, 100_000])
+def test_a_query_is_looked_through_in_a_time_that_grows_with_it(length: int) -> None:
+    expected = "SELECT a FROM t WHERE a " + "=" * length
+    began = time.process_time()
+    assert sql.same_results("CREATE TABLE t (a TEXT)", expected, "SELECT 1") is None
+    assert time.process_time() - began < 0.3
+
+
 def test_a_query_that_does_not_run_itself_is_left_out_and_counted() -> None:
     rows = [Row(CLUBS, "SELECT name FROM clubs"), Row(CLUBS, "SELECT nothing FROM clubs")]
     (found,) = scores.compare("sql_execution", rows, ["", ""], [row.expected for row in rows])

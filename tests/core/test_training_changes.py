@@ -50,8 +50,14 @@ def test_a_value_that_was_settled_and_no_longer_fits_is_explained(kept: dict[str
         ({"training": {"gradient_checkpointing": True, "scheduler": "cosine", "weight_decay": 0.1}}, []),
         ({"quantization": {"compute_dtype": "float32"}, "lora": {"dropout": 0.1}}, []),
         ({"evaluation": {"every_steps": 5}, "checkpoints": {"keep": 5}, "limits": {"max_seconds": 9}}, []),
+        # At the end no step is left that another setting could change.
         ({"training": {"max_steps": 40}}, []),
+        ({"training": {"max_steps": 40, "learning_rate": 0.1}}, ["training.learning_rate"]),
+        ({"training": {"max_steps": 40, "batch_size": 4}, "lora": {"dropout": 0.1}}, ["lora.dropout"]),
+        ({"training": {"epochs": 4, "weight_decay": 0.1}}, ["training.weight_decay"]),
         ({"training": {"max_steps": 39}}, ["training.max_steps"]),
+        ({"training": {"epochs": 3.95}}, []),
+        ({"training": {"epochs": 3.8}}, ["training.epochs"]),
         ({"training": {"epochs": 9}}, []),
         ({"seed": 1}, ["seed"]),
         ({"lora": {"r": 4, "target_modules": ["q_proj"]}}, ["lora.r", "lora.target_modules"]),
@@ -67,7 +73,14 @@ def test_a_value_that_was_settled_and_no_longer_fits_is_explained(kept: dict[str
 def test_which_changes_leave_a_checkpoint_of_use(
     kept: dict[str, Any], change: dict[str, Any], reasons: list[str]
 ) -> None:
-    assert sorted(changes.unfit(kept, changes.merged(kept, change), step=40)) == reasons
+    assert sorted(changes.unfit(kept, changes.merged(kept, change), step=40, epoch=10)) == reasons
+
+
+def test_of_an_epoch_of_unknown_length_no_checkpoint_is_taken_for_short_enough(kept: dict[str, Any]) -> None:
+    after = changes.merged(kept, {"training": {"epochs": 9}})
+    assert changes.unfit(kept, after, step=40, epoch=None) == ["training.epochs"]
+    after = changes.merged(kept, {"training": {"learning_rate": 0.1}})
+    assert changes.unfit(kept, after, step=40, epoch=None) == []
 
 
 def test_auto_is_held_by_whatever_it_became(kept: dict[str, Any]) -> None:

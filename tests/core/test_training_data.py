@@ -223,6 +223,20 @@ def test_equal_prompts_stay_on_one_side(
     assert 3 * 4 <= len(held_back) <= 3 * 18
 
 
+def test_a_prompt_that_is_cut_for_answers_of_any_length_stays_on_one_side(
+    contract: Contract, tmp_path: Path
+) -> None:
+    pairs = [(f"question {i} " + "x " * 90, "b " * j) for i in range(12) for j in range(1, 5)]
+    run = run_of(source(tmp_path, pairs), None, 0.5, max_length=64, overlength="truncate")
+    rows = data.rows_of(run, contract, context=512)
+    assert len(rows.data.truncated) == 48
+    sides = [
+        {(rows.data.lines[place] // 2 - 1) // 4 for place in side} for side in (rows.train, rows.held_back)
+    ]
+    assert sides[0].isdisjoint(sides[1])
+    assert sides[0] | sides[1] == set(range(12))
+
+
 def test_the_same_seed_splits_the_same_and_another_seed_does_not(
     contract: Contract, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:

@@ -109,6 +109,19 @@ def test_a_good_adapter_is_proved_and_its_card_tells_what_it_is_worth(saved: Mad
     )
 
 
+def test_a_metric_that_was_asked_for_and_scores_no_row_marks_the_adapter(make: runs.MakeRun) -> None:
+    asked = {"metrics": ["json_validity", "exact_match"], "rows": 4}
+    run = make("unscored", fraction=0.2, evaluation=asked)
+    result, _ = runs.train(run)
+    assert result.adapter is not None
+    kind, proved = prove((run, result.adapter, result.metrics))
+    assert kind == "proved"
+    assert set(proved["certificate"]["evaluation"]["scores"]) == {"exact_match"}
+    held = {check["name"]: check for check in proved["certificate"]["checks"]}
+    assert (held["metrics"]["ok"], held["metrics"]["value"]) == (False, ["json_validity"])
+    assert not proved["certificate"]["ok"]
+
+
 def test_without_validation_rows_nothing_is_said_of_better_or_worse(make: runs.MakeRun) -> None:
     run = make("alone")
     result, _ = runs.train(run)

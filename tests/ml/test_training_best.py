@@ -69,6 +69,34 @@ def test_the_adapter_is_the_best_one_and_it_is_so_after_a_kill_at_any_checkpoint
         assert resumed.metrics == whole.metrics
 
 
+def test_a_resumed_run_evaluates_and_saves_at_the_intervals_of_its_own_spec(make_run: MakeRun) -> None:
+    spec = SPEC | {"evaluation": {"every_steps": 2}, "checkpoints": {"every_steps": 2}}
+    _, reports = train(make_run("first", **spec))
+    other = SPEC | {"evaluation": {"every_steps": 5}, "checkpoints": {"every_steps": 3}}
+    _, after = train(make_run("other", resume=saved(reports)[2], **other))
+    evaluated = set(series(after, "eval_loss"))
+    assert evaluated == {5, 10}
+    assert {3, 6, 9, 10} <= set(saved(after)) <= {3, 6, 9, 10} | evaluated
+    never = SPEC | {"evaluation": {"every_steps": None}}
+    _, reports = train(make_run("never", **never))
+    stopping = SPEC | {"evaluation": {"every_steps": 2, "early_stopping": {"patience": 1}}}
+    _, after = train(make_run("now", resume=saved(reports)[3], **stopping))
+    assert notes(after, "early_stop")
+
+
+def test_what_ended_a_run_does_not_end_it_with_other_settings(make_run: MakeRun) -> None:
+    spec = SPEC | {"evaluation": {"every_steps": 2, "early_stopping": {"patience": 1}}}
+    _, reports = train(make_run("first", **spec))
+    (stopped,) = notes(reports, "early_stop")
+    last = stopped["data"]["step"]
+    assert last < 10
+    _, same = train(make_run("same", resume=saved(reports)[last], **spec))
+    assert not series(same, "loss")
+    slower = spec | {"training": spec["training"] | {"learning_rate": 0.001}}
+    _, other = train(make_run("other", resume=saved(reports)[last], **slower))
+    assert min(series(other, "loss")) == last + 1
+
+
 def test_a_lost_best_is_replaced_by_the_next_evaluation(make_run: MakeRun) -> None:
     _, reports = train(make_run("whole", **SPEC))
     assert best_step(reports) < 9

@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from core.ml.proof import certificate
 from core.ml.quantization import Quantization
 from core.ml.training import assembly, sft
 from core.ml.training.loop import guard, watchdog
-from core.ml.training.loop.reporter import Report
+from core.ml.training.loop.reporter import Report, alive
 from core.ml.training.probe import measure
 from core.ml.training.run import Run
 from worker.child import launch
@@ -90,7 +91,7 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], report: Report, stop
 
     with _reporting(report, run.work, facts.get("job_id")):
         try:
-            proof = certificate.prove(run, folder, facts, tick)
+            proof = certificate.prove(run, folder, facts, tick, partial(alive, report))
         except _StoppedError:
             report("stopped")
         else:

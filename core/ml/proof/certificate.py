@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -32,13 +33,20 @@ class Proof(NamedTuple):
     metrics: dict[str, float]
 
 
-def prove(run: Run, folder: Path, facts: Mapping[str, Any], tick: Tick) -> Proof:
+def prove(
+    run: Run,
+    folder: Path,
+    facts: Mapping[str, Any],
+    tick: Tick,
+    alive: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Proof:
     """Load what lies in `folder`, check it, compare it with its base, and write certificate.json and README.md into it.
 
     `facts`: `metrics` of the training (`check_loss`, `eval_loss`, `base_eval_loss`), and where known `job_id`, the `step`
     whose weights were saved, the
     resolved `spec` that the trainer reported, the names `dataset` and `validation` of the data sets. Hashes and
-    rows are taken from the run's own files.
+    rows are taken from the run's own files. `tick` is called every now and then, and `alive` is put around what is long
+    and silent.
 
     Raises:
         GraftError: a check failed that no adapter may fail, with its code.
@@ -46,14 +54,16 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], tick: Tick) -> Proof
     contract = contracts.load(run.model.path)
     if settled := facts.get("spec"):
         run = replace(run, spec=_spec_of(settled))
-    rows = data.rows_of(run, contract, context=catalogue.context(run.model))
+    with alive():
+        rows = data.rows_of(run, contract, context=catalogue.context(run.model))
     precision = base_model.settle(run.spec.quantization)
     spec = plan.resolved(run.spec, rows)
     held = [checks.base_model(folder, run.model)]
     sample = questions.training(run, rows, contract, data.CHECKED_ROWS)
     held.append(checks.prompt_contract(folder, contract, list(sample.values())))
     tick()
-    model = loading.load(run.model, precision, folder)
+    with alive():
+        model = loading.load(run.model, precision, folder)
     held += checks.weights(folder, model)
     tick()
     found = evaluate(model, contract, run, spec, rows, tick, step=facts.get("step"))
@@ -62,6 +72,7 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], tick: Tick) -> Proof
         checks.logits(found),
         *checks.losses(found, trained, half=precision.dtype != "float32"),
         *checks.stop_rate(found),
+        *checks.metrics(found),
     ]
     certificate = {
         "version": _VERSION,

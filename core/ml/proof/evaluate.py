@@ -60,7 +60,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`kept` are the places of validation rows in the losses that prove something; `passes` over the training rows."""
+    """`kept` are the places of validation rows in the losses that prove something; `passes` over the training rows;
+    `unscored`: metrics that were asked for and say nothing of any row."""
 
     base: Side
     adapter: Side
@@ -68,6 +69,7 @@ class Evaluation:
     passes: float
     scores: list[Scored]
     valid: int
+    unscored: Sequence[str] = ()
 
     @property
     def check_loss(self) -> float:
@@ -165,11 +167,15 @@ def evaluate(
     base, adapter = side(base=True), side(base=False)
     rows_asked = [question.row for question in fitting.values()]
     assert spec.evaluation.metrics != "auto"
-    metrics = spec.evaluation.metrics if rows_asked and kept else []
+    metrics = spec.evaluation.metrics if kept else []
     texts = [[answer.text for answer in side.answers] for side in (base, adapter)]
-    scored = [one for metric in metrics for one in scores.compare(metric, rows_asked, *texts)]
-    tick()
-    return Evaluation(base, adapter, kept, passes, scored, rows.valid_count)
+    scored, unscored = [], []
+    for metric in metrics:
+        found = scores.compare(metric, rows_asked, *texts) if rows_asked else []
+        scored += found
+        unscored += [] if found else [metric]
+        tick()
+    return Evaluation(base, adapter, kept, passes, scored, rows.valid_count, unscored)
 
 
 def _first(rows: Rows, count: int) -> tuple[list[int], list[LabelledIds]]:

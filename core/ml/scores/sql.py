@@ -35,9 +35,10 @@ _READS = {
     sqlite3.SQLITE_FUNCTION,
     sqlite3.SQLITE_RECURSIVE,
 }
+_LONGEST = 5_000
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: 20_000,
-    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 5_000,
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: _LONGEST,
     sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 50,
     sqlite3.SQLITE_LIMIT_ATTACHED: 0,
 }
@@ -53,7 +54,7 @@ _FENCE = re.compile(r"```(?:sql)?\s*\n(.*?)```", re.IGNORECASE | re.DOTALL)
 _STRING = re.compile(r"'((?:[^']|'')*)'|\"([^\"]*)\"")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])")
 # A comparison with a literal, or with some: IN (1, 2), BETWEEN 1 AND 2.
-_COMPARES = r"(?:[<>=!]+|(?:NOT\s+)?(?:LIKE|IN\s*\(|BETWEEN))\s*"
+_COMPARES = r"(?:[<>=!]{1,2}|(?:NOT\s+)?(?:LIKE|IN\s*\(|BETWEEN))\s*"
 _LITERAL = r"(?:'(?:[^']|'')*'|\"[^\"]*\"|\d+(?:\.\d+)?(?![\w.]))"
 _LIST = rf"{_LITERAL}(?:\s*(?:,|AND)\s*{_LITERAL})*"
 _NUMERIC_TYPE = re.compile(r"INT|REAL|FLOA|DOUB|NUM|DEC", re.IGNORECASE)
@@ -90,6 +91,8 @@ def same_results(prompt: str, expected: str, predicted: str) -> bool | None:
 
     None: `expected` itself does not run on the tables of the prompt.
     """
+    if len(expected) > _LONGEST:
+        return None  # SQLite would say no, after it was looked through for literals
     made = tables(prompt)
     fenced = _FENCE.search(predicted)
     predicted = fenced[1] if fenced else predicted

@@ -185,7 +185,7 @@ def _tokenised(
             continue
         if not prompts.ends_trained(contract, fitting):
             made.unfinished.append(line)
-        _add(made, line, fitting)
+        _add(made, line, fitting, encoded)
         if count_until is None:
             labels = [
                 token if trained else _IGNORED
@@ -255,12 +255,13 @@ def _fit(
     return cut
 
 
-def _add(made: Tokenised, line: int, encoded: Encoded) -> None:
+def _add(made: Tokenised, line: int, fitting: Encoded, whole: Encoded) -> None:
+    """`whole` is the row before it was cut: what is left of equal prompts depends on their answers."""
     made.lines.append(line)
-    made.lengths.append(len(encoded.ids))
-    made.keys.append(_digest(array("i", encoded.ids).tobytes()))
-    made.prompt_keys.append(_digest(array("i", encoded.ids[: encoded.prompt]).tobytes()))
-    made.trained.append(sum(encoded.trained))
+    made.lengths.append(len(fitting.ids))
+    made.keys.append(_digest(array("i", fitting.ids).tobytes()))
+    made.prompt_keys.append(_digest(array("i", whole.ids[: whole.prompt]).tobytes()))
+    made.trained.append(sum(fitting.trained))
 
 
 def _digest(content: bytes) -> int:

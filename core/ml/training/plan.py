@@ -55,7 +55,7 @@ class Plan:
 
 def made(spec: Spec, rows: Rows, device: Device, shape: Shape | None, *, kept: bool | None = None) -> Plan:
     """What will be done with these rows of a model of this shape on this device. `kept` as an earlier attempt had it:
-    other products round differently, and the run would not go on as it began.
+    other products round differently, and the run would not go on as it began; given up only where there is no room for it.
 
     Raises:
         BadRequest: `batch_not_divisible`, and what `support` says that cannot be done.
@@ -90,7 +90,7 @@ def _layout(
     if packed:
         lengths = [_limit(spec, rows)]
     ratio = rows.data.trained_tokens / max(sum(rows.data.lengths), 1)
-    found: tuple[int, bool, bool, int | None] | None = None
+    found: tuple[int, bool, bool, int] | None = None
     share = _share(spec.training, device.processes)
     steps = total_steps(spec, trained_rows(spec, rows))
     keeping = [True, False] if spec.quantization.bits == 4 and not device.cuda else [False]
@@ -116,6 +116,9 @@ def _layout(
         if size <= _SHARE * device.free_bytes:
             break
     assert found is not None
+    if kept and found[3] > device.free_bytes:
+        # Other roundings are better than an end for want of memory.
+        return _layout(spec, rows, device, shape, kept=False)
     return found
 
 

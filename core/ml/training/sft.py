@@ -26,6 +26,7 @@ from core.ml.training.loop.reporter import Report, Reporter, alive
 from core.ml.training.loop.reservation import Reservation
 from core.ml.training.loop.samples import Sampler
 from core.ml.training.loop.trainer import Trainer
+from core.ml.training.plan import Plan
 from core.ml.training.run import Run
 from core.ml.training.spec import memory
 
@@ -59,9 +60,9 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     report("phase", phase="preparing")
     with alive(report):
         base_model.prepare(run.model)
-    contract = contracts.load(run.model.path)
-    context = catalogue.context(run.model)
-    rows = checked_rows(run, contract, context=context)
+        contract = contracts.load(run.model.path)
+        context = catalogue.context(run.model)
+        rows = checked_rows(run, contract, context=context)
     contract = replace(contract, rows="text" if rows.data.texts else "turns")
     precision = replace(base_model.settle(run.spec.quantization), sharded=run.sharded)
     shape = memory.shape_of(catalogue.configuration(run.model))
@@ -69,19 +70,13 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     spec, total_steps = planned.spec, planned.total_steps
     if run.start is not None:
         saving.check_start(spec, run.start)
-    report(
-        "plan",
-        spec=spec.model_dump(),
-        total_steps=total_steps,
-        weights_kept=planned.kept,
-        memory_bytes=planned.memory_bytes,
-        **plan.counts(rows),
-    )
+    _tell(report, run, planned, rows)
 
     report("phase", phase="loading_model")
     started = time.monotonic()
-    model = assembly.loaded(run.model, precision, planned)
-    first = _first_weights(run, spec, model)
+    with alive(report):
+        model = assembly.loaded(run.model, precision, planned)
+        first = _first_weights(run, spec, model)
     report("model_loaded", seconds=time.monotonic() - started)
     if ranks.agreed(stop()):
         return Result(None, {})
@@ -89,7 +84,8 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     progress = Progress(run, spec, report)
     sampler = Sampler(report, stop, contract, samples.prompts_of(spec, contract, rows, context, report))
     try:
-        trainer = assembly.trainer_of(model, planned, precision, contract, rows, run.work / "checkpoints")
+        with alive(report):
+            trainer = assembly.trainer_of(model, planned, precision, contract, rows, run.work / "checkpoints")
         trainer.watchdog = guard.Watchdog(report, progress, spec, run.recoveries, _line_of(rows))
         for callback in (
             progress,
@@ -122,6 +118,25 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     except GraftError as error:
         raise (_too_short(error, spec, step) if progress.ended == "time_limit" else error) from error
     return Result(adapter, metrics, step, progress.seconds)
+
+
+def _tell(report: Report, run: Run, planned: Plan, rows: Rows) -> None:
+    """What was planned."""
+    spec = planned.spec
+    report(
+        "plan",
+        spec=spec.model_dump(),
+        total_steps=planned.total_steps,
+        weights_kept=planned.kept,
+        steps_per_epoch=plan.steps_per_epoch(spec, plan.trained_rows(spec, rows)),
+        memory_bytes=planned.memory_bytes,
+        **plan.counts(rows),
+    )
+    if run.kept and not planned.kept:
+        message = (
+            "There is no room any more for the weights dequantised: the run goes on with other roundings."
+        )
+        report("note", type="weights_packed", level="warning", message=message, data={})
 
 
 def _too_short(error: GraftError, spec: Spec, step: int) -> GraftError:

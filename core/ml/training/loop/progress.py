@@ -16,14 +16,17 @@ from core.ml.training.config import Spec
 from core.ml.training.files.checkpoints import WEIGHTS
 from core.ml.training.run import Run
 
-_KEPT = ("seconds", "tokens", "skipped", "best_loss", "best_step", "best_precision", "waited", "ended")
+_KEPT = (
+    "seconds", "tokens", "skipped", "best_loss", "best_step", "best_precision", "waited", "ended", "training"
+)  # fmt: skip
 
 
 class Progress(TrainerCallback, ExportableState):
     """Lies in the trainer's state of every checkpoint, so that a resumed run decides as an undisturbed one.
 
     `seconds` of training and `tokens` seen, of all attempts; batches `skipped`; the lowest validation loss, its
-    step and the precision it was measured in; how many evaluations have `waited` for a better one; `ended`: why before the last step, if it did.
+    step and the precision it was measured in; how many evaluations have `waited` for a better one; `ended`: why before the
+    last step, if it did; with which settings of the `training` all that came about.
     `suspicious` says that the weights may be bad, `resumable` that there is a checkpoint to go back to.
     """
 
@@ -36,6 +39,7 @@ class Progress(TrainerCallback, ExportableState):
         self.precision = spec.quantization.compute_dtype
         self.best_precision: str | None = None
         self.ended: str | None = None
+        self.training = spec.training.model_dump()
         self.suspicious = False
         self.resumable = run.resume is not None
         self._since: float | None = None
@@ -47,7 +51,10 @@ class Progress(TrainerCallback, ExportableState):
     def restore(self, state: Any) -> None:
         """Go on from the state of a checkpoint; what ended that run counts only where it still does."""
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        asked = self.training
         self.__dict__.update(kept["attributes"])
+        if self.training != asked:  # what was waited for in vain may come with other settings
+            self.training, self.waited = asked, 0
         limit, stopping = self.spec.limits.max_seconds, self.spec.evaluation.early_stopping
         if self.ended == "time_limit" and (limit is None or self.seconds < limit):
             self.ended = None
@@ -69,6 +76,8 @@ class Progress(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore(state)
+        # A checkpoint brings the intervals that it was made with.
+        state.compute_steps(args, state.max_steps)
         self._since = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """Changes to the spec of a job that ran already: merged field by field, and what they do to its checkpoints. No torch."""
 
+import math
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,6 +35,8 @@ _FOUNDATIONS = (
     "training.packing",
 )
 _LENGTHS = ("epochs", "max_steps")
+# How steps are computed; all else of the training decides what they come to.
+_COMPUTED = ("training.batch_size", "training.gradient_checkpointing")
 
 
 def merged(kept: Json, changes: Json) -> Json:
@@ -105,13 +108,32 @@ def holds(kept: Json, changes: Json) -> bool:
     return all(value in ("auto", spec.get(name)) for name, value in _flat(changes).items())
 
 
-def unfit(before: Json, after: Json, step: int) -> list[str]:
-    """The changed fields for which a checkpoint of `step` is of no use; none: the run can go on from it."""
-    different = changed(before, after)
+def unfit(before: Json, after: Json, step: int, epoch: int | None) -> list[str]:
+    """The changed fields for which a checkpoint of `step` is of no use; none: the run can go on from it.
+
+    `epoch`: the steps of one, where that is known. A checkpoint beyond the new end was trained for longer than is asked
+    for; at the end no step is left that other settings could change.
+    """
+    different = {name: value for name, value in changed(before, after).items() if value is not None}
     found = [name for name in different if name in _FOUNDATIONS]
-    if (different.get("training.max_steps") or step) < step:
-        found.append("training.max_steps")
+    length = [f"training.{name}" for name in _LENGTHS if f"training.{name}" in different]
+    total = _steps(after["training"], epoch)
+    if length and (total is None or total < step):
+        found += length
+    elif total == step:
+        found += [
+            name
+            for name in different
+            if name == "lora.dropout"
+            or (name.startswith("training.") and name not in (*found, *length, *_COMPUTED))
+        ]
     return found
+
+
+def _steps(training: Json, epoch: int | None) -> int | None:
+    if training["max_steps"] is not None:
+        return int(training["max_steps"])
+    return None if epoch is None else math.ceil((training["epochs"] or 1) * epoch)
 
 
 def _joined(spec: Json, changes: Json) -> Json:

@@ -16,13 +16,15 @@ from worker.context import Context
 _LOOK_SECONDS = 0.05
 
 
-def needed(context: Context, patience: float | None = None) -> AbstractContextManager[Callable[[], None]]:
+def needed(
+    context: Context, patience: float | None = None, leave: Callable[[], bool] = lambda: False
+) -> AbstractContextManager[Callable[[], None]]:
     """`taking`, for as long as an answer may take, unless this worker is known to have no GPU: a CPU's memory is enough for
     both."""
     if context.device.get("cuda") is False:
         return nullcontext(lambda: None)
     longest = context.settings.engine_answer_seconds if patience is None else patience
-    return taking(context.settings.home, longest, context.stopping.is_set)
+    return taking(context.settings.home, longest, lambda: context.stopping.is_set() or leave())
 
 
 @contextmanager

@@ -171,3 +171,13 @@ def test_only_a_worker_that_has_no_gpu_does_not_take(context: Context, known: di
         settled()
         assert not shared.wanted()
     assert time.monotonic() - began < 1
+
+
+def test_who_is_asked_to_leave_waits_no_longer_for_the_device(context: Context) -> None:
+    engine = device.Shared(context.settings.home)
+    engine.hold()
+    asked = threading.Event()
+    threading.Timer(0.3, asked.set).start()
+    began = time.monotonic()
+    with device.needed(context, patience=60, leave=asked.is_set):
+        assert 0.3 <= time.monotonic() - began < 10

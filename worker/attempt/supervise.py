@@ -41,7 +41,7 @@ def see_through(context: Context, attempt: Attempt, function: str, *args: Any) -
     """
     attempt.outcome, attempt.training = ("crash", {}), False
     with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
-        with device.needed(context) as attempt.settled:
+        with device.needed(context, leave=lambda: bool(attempt.asked) or attempt.fenced) as attempt.settled:
             process = spawn.start(function, *args, patience=context.settings.lease_seconds)
             attempt.child = process
             try:

@@ -85,6 +85,10 @@ def _admin(caller: CallerDep) -> Caller:
 AdminDep = Annotated[Caller, Depends(_admin)]
 
 
+# Of a row, of an event or a checkpoint (its step), of a preset.
+_ID = r"^([a-z]+_[0-9A-Z]{26}|[0-9]{1,19}|[a-z0-9_]{1,64}@[0-9]{1,9})$"
+
+
 @dataclass(frozen=True)
 class Page:
     limit: int
@@ -95,7 +99,7 @@ def _page(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[
         str | None,
-        Query(pattern="^([a-z]+_[0-9A-Z]{26}|[0-9]{1,19})$", description="The last id of the page before."),
+        Query(pattern=_ID, description="The last id of the page before."),
     ] = None,
 ) -> Page:
     return Page(limit, after)

@@ -32,6 +32,8 @@ router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 _POLL_SECONDS = 0.5
 _PING_SECONDS = 15.0
 _LOG_BYTES = 64 * 1024
+# What a database counts with is no longer.
+_DIGITS = 18
 
 
 @router.post("", status_code=201)
@@ -151,11 +153,7 @@ def list_events(
                 media_type="text/event-stream",
                 headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             )
-        if page.after is not None and not (page.after.isdecimal() and len(page.after) <= 18):
-            raise BadRequest(
-                "invalid_request", 'The field "after" must be the id of an event.', param="after"
-            )
-        before = int(page.after) if page.after else None
+        before = _number(page.after, "the id of an event")
         rows = events.page(session, job.id, limit=page.limit, before=before)
         return Listing.of([EventOut.of(row) for row in rows], page.limit)
 
@@ -183,12 +181,19 @@ def metrics(
 
 
 @router.get("/{job_id}/checkpoints")
-def checkpoints(job_id: str, services: ServicesDep, caller: CallerDep) -> Listing[CheckpointOut]:
+def checkpoints(
+    job_id: str, services: ServicesDep, caller: CallerDep, page: PageDep
+) -> Listing[CheckpointOut]:
+    """Newest first; `after` is the step of one."""
+    before = _number(page.after, "the step of a checkpoint")
     with db.reading(services.sessions) as session:
         job = jobs.get(session, caller.project_id, job_id)
         rows = events.checkpoints(session, job.id)
         best = events.best(rows)
-        return Listing(data=[CheckpointOut.of(row, best=row is best) for row in rows], has_more=False)
+        found = [
+            CheckpointOut.of(row, best=row is best) for row in rows if before is None or row.step < before
+        ]
+        return Listing.of(found, page.limit)
 
 
 @router.get("/{job_id}/logs", response_class=PlainTextResponse)
@@ -204,6 +209,15 @@ def logs(job_id: str, services: ServicesDep, caller: CallerDep) -> StreamingResp
                 yield from iter(lambda: file.read(_LOG_BYTES), b"")
 
     return StreamingResponse(content(), media_type="text/plain; charset=utf-8")
+
+
+def _number(after: str | None, what: str) -> int | None:
+    """Where a page begins in a list that goes by numbers."""
+    if after is None:
+        return None
+    if not (after.isdecimal() and len(after) <= _DIGITS):
+        raise BadRequest("invalid_request", f'The field "after" must be {what}.', param="after")
+    return int(after)
 
 
 def _earlier(services: Services, caller: Caller, key: str | None, sha256: str) -> JobOut | None:

@@ -519,6 +519,11 @@ def test_checkpoints_are_listed_with_their_size(api: Api, job_id: str) -> None:
         (5, 15, {"eval_loss": 0.5}, True),
     ]
     assert body["has_more"] is False
+    newest = api.client.get(f"/jobs/{job_id}/checkpoints", params={"limit": 1}).json()
+    assert ([row["step"] for row in newest["data"]], newest["has_more"]) == ([10], True)
+    older = api.client.get(f"/jobs/{job_id}/checkpoints", params={"after": 10}).json()
+    assert ([(row["step"], row["best"]) for row in older["data"]], older["has_more"]) == ([(5, True)], False)
+    refused(api.client.get(f"/jobs/{job_id}/checkpoints", params={"after": job_id}), 422, "invalid_request")
 
 
 def test_the_position_in_the_queue_falls(api: Api, dataset_id: str) -> None:

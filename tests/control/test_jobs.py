@@ -233,6 +233,15 @@ def test_changes_that_no_checkpoint_fits_start_the_job_over(sessions: Sessions, 
     assert "from the beginning: its checkpoints do not fit the new lora.r" in event.message
 
 
+@pytest.mark.parametrize(("epochs", "dropped"), [(2, []), (1, ["a key"])])
+def test_a_checkpoint_beyond_a_new_end_in_epochs_is_dropped(
+    sessions: Sessions, failed: Job, epochs: int, dropped: list[str]
+) -> None:
+    with sessions.begin() as session:
+        events.add(session, failed.id, "plan", "Planned.", data={"steps_per_epoch": 6})
+    assert retry(sessions, failed, {"training": {"epochs": epochs, "learning_rate": 0.001}}) == dropped
+
+
 def test_a_retry_can_be_asked_for_twice_but_not_with_other_changes(sessions: Sessions, failed: Job) -> None:
     changes = {"training": {"learning_rate": 0.001, "batch_size": "auto"}}
     for status in ("queued", "queued", "running"):

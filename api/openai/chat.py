@@ -13,7 +13,7 @@ from api.openai import wire
 from api.openai.schemas import ChatRequest
 from api.requests import StrictRoute
 from api.serving import models, prompt
-from api.serving.listening import while_listening
+from api.serving.listening import event_stream, while_listening
 from api.serving.models import Served
 from core import strict_json
 from core.ml.formats.chat.written import WrittenCalls
@@ -42,15 +42,13 @@ async def chat(
     if body.stream:
         told = await while_listening(request, services.engine.stream(served.target, ids, asked))
         head = wire.head("chat.completion.chunk", identity, served.name)
-        return StreamingResponse(
-            wire.events(_chunks(body, served, head, told)),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-        )
+        return event_stream(wire.events(_chunks(body, served, head, told)))
     answer = await while_listening(request, services.engine.complete(served.target, ids, asked))
+    # The log probabilities of a long answer take time that the streams of others must not wait for.
+    choices = await run_in_threadpool(lambda: [_choice(body, served, choice) for choice in answer["choices"]])
     return {
         **wire.head("chat.completion", identity, served.name),
-        "choices": [_choice(body, served, choice) for choice in answer["choices"]],
+        "choices": choices,
         "usage": wire.usage(answer),
         "served_by": answer.get("served_by"),
     }

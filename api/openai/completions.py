@@ -14,7 +14,7 @@ from api.openai import wire
 from api.openai.schemas import CompletionRequest
 from api.requests import StrictRoute
 from api.serving import models, prompt
-from api.serving.listening import while_listening
+from api.serving.listening import event_stream, while_listening
 from api.serving.models import Served
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
@@ -40,11 +40,7 @@ async def completions(
     head = wire.head("text_completion", f"cmpl-{ULID()}", served.name)
     if body.stream:
         told = await while_listening(request, services.engine.stream(served.target, prompts[0], asked))
-        return StreamingResponse(
-            wire.events(_chunks(body, served, head, told)),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-        )
+        return event_stream(wire.events(_chunks(body, served, head, told)))
 
     places = asyncio.Semaphore(_AT_ONCE)
 
@@ -62,10 +58,14 @@ async def completions(
                 task.cancel()
 
     answers = await while_listening(request, everyone())
-    choices = [choice for answer in answers for choice in answer["choices"]]
+    said = [choice for answer in answers for choice in answer["choices"]]
+    # The log probabilities of a long answer take time that the streams of others must not wait for.
+    choices = await run_in_threadpool(
+        lambda: [_choice(served, choice, index, 0) for index, choice in enumerate(said)]
+    )
     return {
         **head,
-        "choices": [_choice(served, choice, index, 0) for index, choice in enumerate(choices)],
+        "choices": choices,
         "usage": wire.usage(*answers),
         "served_by": answers[0].get("served_by"),
     }

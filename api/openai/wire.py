@@ -2,7 +2,9 @@
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from core.errors import GraftError
@@ -42,9 +44,10 @@ def chat_logprobs(tokenizer: Any, told: Json | None) -> Json | None:
     """From an engine's log probabilities, whose tokens are named `token_id:…`."""
     if told is None:
         return None
+    read = _reader(tokenizer)
 
     def entry(name: str, logprob: float) -> Json:
-        text, raw = tokens.text_and_bytes(tokenizer, _id(name))
+        text, raw = read(name)
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
     content = [
@@ -63,11 +66,11 @@ def completion_logprobs(tokenizer: Any, told: Json | None, offset: int) -> Json 
     """The same in the older form; `offset`: where the first token's text begins."""
     if told is None:
         return None
-    texts = [tokens.text_and_bytes(tokenizer, _id(name))[0] for name in told["tokens"]]
-    starts = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    read = _reader(tokenizer)
+    texts = [read(name)[0] for name in told["tokens"]]
+    starts = list(accumulate(map(len, texts), initial=offset))[:-1]
     tops = [
-        {tokens.text_and_bytes(tokenizer, _id(name))[0]: value for name, value in (top or {}).items()}
-        for top in told["top_logprobs"] or []
+        {read(name)[0]: value for name, value in (top or {}).items()} for top in told["top_logprobs"] or []
     ]
     return {
         "tokens": texts,
@@ -96,5 +99,6 @@ async def events(chunks: AsyncIterator[Json]) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-def _id(name: str) -> int:
-    return int(name.removeprefix("token_id:"))
+def _reader(tokenizer: Any) -> Callable[[str], tuple[str, bytes]]:
+    """Text and bytes of a named token; the same few are likely all through an answer."""
+    return cache(lambda name: tokens.text_and_bytes(tokenizer, int(name.removeprefix("token_id:"))))

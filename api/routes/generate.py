@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from ulid import ULID
 
@@ -22,7 +21,7 @@ from api.schemas.generate import (
     Prompted,
 )
 from api.serving import models, prompt
-from api.serving.listening import while_listening
+from api.serving.listening import event_stream, while_listening
 from api.serving.models import Served
 from core.errors import GraftError
 
@@ -36,11 +35,7 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
     sampling = _sampling(body, served, caller.project_id) | {"n": body.n}
     if body.stream:
         chunks = await while_listening(request, services.engine.stream(served.target, ids, sampling))
-        return StreamingResponse(
-            _events(chunks, served),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-        )
+        return event_stream(_events(chunks, served))
     answer = await while_listening(request, services.engine.complete(served.target, ids, sampling))
     outputs = [
         Output(text=choice["text"], finish_reason=choice["finish_reason"]) for choice in answer["choices"]

@@ -1,10 +1,11 @@
 """Answers that somebody waits for."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
+from fastapi.responses import StreamingResponse
 
 from core.errors import GraftError
 
@@ -23,3 +24,9 @@ async def while_listening(request: Request, answer: Coroutine[Any, Any, Answer])
         return task.result()
     finally:
         task.cancel()
+
+
+def event_stream(events: AsyncIterator[str]) -> StreamingResponse:
+    """Server-sent events that nothing between here and the client keeps back."""
+    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)

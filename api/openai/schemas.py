@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from api.schemas.common import Request
-from api.schemas.generate import Bias, Message, Stop, TokenId
+from api.schemas.generate import Message, Sampled
 from core.errors import BadRequest
 
-_COLDEST = 0.01
 _LIST = Annotated[list[int], Field(min_length=1)]
 _MOST_PROMPTS = 32
 
@@ -36,20 +35,10 @@ class StreamOptions(Request):
     include_obfuscation: bool = False
 
 
-class Asked(Request):
-    """What chat and completions share. `top_k`, `min_p` and `repetition_penalty` as vLLM names them."""
+class Asked(Sampled):
+    """What chat and completions share."""
 
     model: str = Field(min_length=1, max_length=200)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=1000)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.1, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=8)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -79,23 +68,7 @@ class Asked(Request):
         }
 
     def sampling(self) -> dict[str, Any]:
-        """As an engine wants it, with OpenAI's defaults; but for the number of tokens and what ends an answer."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        stop = self.stop or []
-        return {
-            # Clients mean the most probable token when they send 1e-5.
-            "temperature": temperature if temperature >= _COLDEST else 0.0,
-            "top_p": self.top_p or 1.0,
-            "top_k": max(self.top_k or 0, 0),
-            "min_p": self.min_p or 0.0,
-            "repetition_penalty": self.repetition_penalty or 1.0,
-            "presence_penalty": self.presence_penalty or 0.0,
-            "frequency_penalty": self.frequency_penalty or 0.0,
-            "logit_bias": self.logit_bias or {},
-            "stop": [stop] if isinstance(stop, str) else stop,
-            "seed": None if self.seed is None else self.seed % 2**31,
-            "n": self.n or 1,
-        }
+        return {**super().sampling(), "n": self.n or 1}
 
     @property
     def wants_usage(self) -> bool:
@@ -108,7 +81,6 @@ class ChatMessage(Message):
     refusal: str | None = None
     annotations: list[Any] | None = None
     audio: None = None
-    function_call: None = None
 
 
 class ChatRequest(Asked):
@@ -129,7 +101,7 @@ class ChatRequest(Asked):
         return self
 
     def turns(self) -> list[dict[str, Any]]:
-        unread = {"refusal", "annotations", "audio", "function_call"}
+        unread = {"refusal", "annotations", "audio"}
         return [message.model_dump(exclude_none=True, exclude=unread) for message in self.messages]
 
     @property

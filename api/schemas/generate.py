@@ -22,14 +22,49 @@ class Part(Request):
 class Message(Request):
     """As in a data set: the same function reads both."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    function_call: dict[str, Any] | None = None
 
 
-class Prompted(Request):
+class Sampled(Request):
+    """How tokens are chosen. `top_k`, `min_p` and `repetition_penalty` as vLLM names them."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=1000)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+
+    def sampling(self) -> dict[str, Any]:
+        """As an engine wants it, but for the number of tokens and the tokens that end an answer."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        # Clients mean the most probable token when they send a temperature of 1e-5, or a share of nothing.
+        greedy = temperature < _COLDEST or self.top_p == 0
+        stop = self.stop or []
+        return {
+            "temperature": 0.0 if greedy else temperature,
+            "top_p": self.top_p or 1.0,
+            "top_k": max(self.top_k or 0, 0),
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty or 1.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "logit_bias": self.logit_bias or {},
+            "stop": [stop] if isinstance(stop, str) else stop,
+            "seed": None if self.seed is None else self.seed % 2**31,
+        }
+
+
+class Prompted(Sampled):
     """A prompt and how to answer it: `messages`, or `prompt` as one user turn (as plain text with `raw`)."""
 
     messages: list[Message] | None = Field(None, min_length=1, max_length=1000)
@@ -40,12 +75,6 @@ class Prompted(Request):
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=1000)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.1, le=2)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[TokenId, Bias] = Field(default_factory=dict, max_length=1024)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
     seed: int | None = Field(None, ge=0, lt=2**31)
 
     @model_validator(mode="after")
@@ -63,20 +92,7 @@ class Prompted(Request):
         return self
 
     def sampling(self) -> dict[str, Any]:
-        """As an engine wants it, but for the tokens that end an answer."""
-        return {
-            "max_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "logit_bias": self.logit_bias,
-            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
-            "seed": self.seed,
-        }
+        return {**super().sampling(), "max_tokens": self.max_new_tokens}
 
 
 class GenerateRequest(Prompted):

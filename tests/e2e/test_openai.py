@@ -110,6 +110,34 @@ def test_tools_stand_in_the_prompt_unless_none_may_be_called(client: openai.Open
     assert ask(client, tools=TOOLS, tool_choice="none").usage.prompt_tokens == plain
 
 
+def test_functions_of_old_are_calls_and_their_results(client: openai.OpenAI) -> None:
+    call, result = {"name": "weather", "arguments": "{}"}, {"name": "weather", "content": "rain"}
+    old = [
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", **result},
+    ]
+    new = [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_1", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", **result},
+    ]
+    told = [ask(client, messages=[*ASK, *said], tools=TOOLS) for said in (old, new)]
+    assert (
+        told[0].usage.prompt_tokens
+        == told[1].usage.prompt_tokens
+        > ask(client, tools=TOOLS).usage.prompt_tokens
+    )
+
+
+def test_a_share_of_nothing_leaves_the_likeliest_token(client: openai.OpenAI) -> None:
+    likeliest = ask(client).choices[0].message.content
+    assert ask(client, temperature=2, top_p=0).choices[0].message.content == likeliest
+    assert ask(client, temperature=2, top_p=1, seed=1).choices[0].message.content != likeliest
+
+
 def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
     said = ask(client).choices[0].message
     again = ask(

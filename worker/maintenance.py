@@ -9,11 +9,13 @@ import logging
 import shutil
 import threading
 import time
+from pathlib import Path
 
+import psutil
 from celery import Celery
 
 from core.control import queue
-from core.control.db import DatabaseUnavailable, reading
+from core.control.db import DatabaseUnavailable, Session, reading
 from core.control.running import attempts, orphans, probes, workers
 from core.control.tables import FINISHED, Job
 from worker.context import Context
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _DUTY, _ORPHANS_DUTY = "sweep", "orphans"
 _ORPHANS_SECONDS = 3600.0
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def start(context: Context, app: Celery) -> None:
@@ -90,12 +93,27 @@ def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
     """One round. Without `trust_leases` only jobs of workers known to be dead are taken back."""
     settings = context.settings
     with context.sessions.begin() as session:
+        _measure_memory(context, session)
         workers.beat(session, context.owner, settings.worker_slots, context.device or None)
         mine = workers.take_duty(session, _DUTY, context.owner, settings.sweep_seconds * 3)
     if mine:
         _take_back(context, trust_leases)
         _send_waiting(context, app)
     _clear_scratch(context)
+
+
+def _measure_memory(context: Context, session: Session) -> None:
+    """Have the device tell what memory a job finds: a CPU's as it is now, unless work of our own takes some of it.
+
+    Elsewhere the number of the start stays: only a process with a context on it sees a GPU's memory, and a container's
+    limit is the trainers' to reckon with.
+    """
+    if context.device.get("cuda") is not False or not probes.is_idle(session, context.owner):
+        return
+    if _MEMORY_LIMIT.exists() and _MEMORY_LIMIT.read_text().strip() != "max":
+        return
+    free = psutil.virtual_memory().available
+    context.device["free_bytes"] = free // context.settings.trainer_processes
 
 
 def _take_back(context: Context, trust_leases: bool) -> None:

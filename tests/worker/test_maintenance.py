@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from ulid import ULID
 
 from core.control import queue
 from core.control.db import Session, Sessions, reading
-from core.control.running import workers
+from core.control.running import probes, workers
 from core.control.tables import Project, Worker, utcnow
 from tests.control import rows
 from worker import maintenance
@@ -35,6 +37,53 @@ def test_a_worker_that_was_struck_out_enters_itself_again_with_its_device(contex
             assert (worker.id, worker.slots) == (context.owner, context.settings.worker_slots)
             assert workers.device(session) == {"name": "CPU", "free_bytes": 1}
             session.delete(session.get_one(Worker, context.owner))
+
+
+@pytest.fixture
+def limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the control group of a machine without a limit says."""
+    file = tmp_path / "memory.max"
+    file.write_text("max\n")
+    monkeypatch.setattr(maintenance, "_MEMORY_LIMIT", file)
+    return file
+
+
+def told(context: Context, **device: Any) -> int:
+    """The free memory that the row tells after a sweep, where one byte was free before."""
+    context.device.update(name="it", free_bytes=1, **device)
+    maintenance.sweep(context, queue.create(context.settings), trust_leases=True)
+    with reading(context.sessions) as session:
+        device = workers.device(session) or {}
+    return int(device["free_bytes"])
+
+
+@pytest.mark.usefixtures("limit")
+def test_the_memory_of_a_cpu_is_measured_while_nothing_runs_on_it(context: Context, project_id: str) -> None:
+    most = psutil.virtual_memory().total
+    assert 2**20 < told(context, cuda=False) <= most
+    with context.sessions.begin() as session:
+        probe = probes.ask(session, model="m", dataset_id="ds", spec={})
+    assert told(context) == 1
+    with context.sessions.begin() as session:
+        probes.answer(session, probe, {})
+    job = rows.job(context.sessions, project_id)
+    rows.claimed(context.sessions, job.id, owner="another")
+    assert told(context) > 1
+    job = rows.job(context.sessions, project_id)
+    rows.claimed(context.sessions, job.id, owner=context.owner)
+    assert told(context) == 1
+
+
+@pytest.mark.usefixtures("limit")
+def test_several_trainers_of_a_cpu_share_its_memory(context: Context) -> None:
+    many = replace(context, settings=context.settings.model_copy(update={"trainer_processes": 1000}))
+    assert 1 < told(many, cuda=False) <= psutil.virtual_memory().total // 1000
+
+
+def test_memory_that_is_dear_to_measure_is_what_it_was_at_the_start(context: Context, limit: Path) -> None:
+    assert told(context, cuda=True) == 1
+    limit.write_text("1000000000\n")
+    assert told(context, cuda=False) == 1
 
 
 def test_the_sweep_leaves_a_running_probe_its_folder(context: Context) -> None:

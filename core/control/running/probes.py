@@ -33,6 +33,12 @@ def is_busy(session: Session, owner: str) -> bool:
     return bool(session.scalar(mine))
 
 
+def is_idle(session: Session, owner: str) -> bool:
+    """Whether a worker has nothing on its device: no job, and no probe, which any open question may be."""
+    asked = session.scalar(select(func.count()).where(_waited_for())) or 0
+    return not asked and not is_busy(session, owner)
+
+
 def ask(session: Session, *, model: str, dataset_id: str, spec: dict[str, Any]) -> str:
     """The id to wait with. Questions that nobody waits for any more are forgotten."""
     session.execute(delete(Probe).where(Probe.asked < now_epoch() - PATIENCE_SECONDS))

@@ -112,8 +112,7 @@ class Client:
         return self._call("GET", f"/jobs/{job_id}")
 
     def jobs(self, limit: int = 20) -> list[Json]:
-        listed: list[Json] = self._call("GET", "/jobs", params={"limit": limit})["data"]
-        return listed
+        return self._listed("/jobs", limit=limit)
 
     def pause(self, job_id: str) -> Json:
         return self._call("POST", f"/jobs/{job_id}/pause")
@@ -132,12 +131,10 @@ class Client:
         return self._call("DELETE", f"/jobs/{job_id}", params={"adapter": with_adapter})
 
     def checkpoints(self, job_id: str) -> list[Json]:
-        listed: list[Json] = self._call("GET", f"/jobs/{job_id}/checkpoints")["data"]
-        return listed
+        return self._listed(f"/jobs/{job_id}/checkpoints", limit=100)
 
     def metrics(self, job_id: str) -> list[Json]:
-        listed: list[Json] = self._call("GET", f"/jobs/{job_id}/metrics")["data"]
-        return listed
+        return self._listed(f"/jobs/{job_id}/metrics")
 
     def events(self, job_id: str, page_size: int = 100) -> Iterator[Json]:
         """All of them, newest first, asked for in pages as they are read."""
@@ -173,16 +170,13 @@ class Client:
             time.sleep(every)
 
     def models(self) -> list[Json]:
-        listed: list[Json] = self._call("GET", "/models")["data"]
-        return listed
+        return self._listed("/models")
 
     def presets(self) -> list[Json]:
-        listed: list[Json] = self._call("GET", "/presets")["data"]
-        return listed
+        return self._listed("/presets", limit=100)
 
     def adapters(self, limit: int = 20) -> list[Json]:
-        listed: list[Json] = self._call("GET", "/adapters", params={"limit": limit})["data"]
-        return listed
+        return self._listed("/adapters", limit=limit)
 
     def adapter(self, adapter_id: str) -> Json:
         return self._call("GET", f"/adapters/{adapter_id}")
@@ -197,10 +191,7 @@ class Client:
         return self._call("POST", f"/adapters/{adapter_id}/export", json={"format": format})
 
     def exports(self, adapter_id: str, limit: int = 20) -> list[Json]:
-        listed: list[Json] = self._call("GET", f"/adapters/{adapter_id}/exports", params={"limit": limit})[
-            "data"
-        ]
-        return listed
+        return self._listed(f"/adapters/{adapter_id}/exports", limit=limit)
 
     def made_export(self, adapter_id: str, export_id: str) -> Json:
         return self._call("GET", f"/adapters/{adapter_id}/exports/{export_id}")
@@ -234,6 +225,10 @@ class Client:
                     if event == "error":
                         raise ApiError(502, data["error"])
                     yield event, data
+
+    def _listed(self, path: str, **query: Any) -> list[Json]:
+        listed: list[Json] = self._call("GET", path, params=query)["data"]
+        return listed
 
     def _call(self, method: str, path: str, **options: Any) -> Json:
         try:

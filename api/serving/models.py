@@ -1,11 +1,10 @@
 """Who answers a request: a base model, an adapter, or the checkpoint of a job that may still be running."""
 
 import re
-import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-
-from ulid import ULID
+from tempfile import TemporaryDirectory
 
 from api.deps import Services, ready_model
 from api.engine import Target
@@ -13,10 +12,11 @@ from core.control import adapters, db, jobs
 from core.control.db import Session
 from core.control.running import events
 from core.control.tables import Checkpoint, Job
-from core.errors import Conflict, NotFound
+from core.errors import Conflict, NotFound, StorageFull, is_disk_full
 from core.ml import catalogue
 from core.ml import contract as contracts
 from core.ml.prompts import Contract
+from core.storage import Storage
 
 _CHECKPOINT = re.compile(r"(job_\w+)@(latest|\d{1,9})")
 _PROMPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", contracts.CONTRACT_FILE)
@@ -68,11 +68,13 @@ def adapter(services: Services, project_id: str, name: str, param: str = "adapte
             found = adapters.get(session, project_id, name, param=param)
             name, model, key = found.id, found.base_model, f"{found.key}/files"
             engine_name = found.engine_name
+    # The engine would bring the files of the base model here while the client waits.
+    base_model = ready_model(services, model)
     services.storage.size(f"{key}/{contracts.CONTRACT_FILE}")  # or it says what is missing
     folder = services.storage.local(key)
     path = str(folder) if folder else f"{services.storage.url.rstrip('/')}/{key}"
-    contract = contracts.load_cached(folder or _prompt_files(services, key, engine_name))
-    context = catalogue.describe(catalogue.find(services.catalogue, model))["context"]
+    contract = contracts.load_cached(folder) if folder else _fetched(services.storage, key, engine_name)
+    context = catalogue.describe(base_model)["context"]
     return Served(Target(engine_name, model, path), contract, context, name)
 
 
@@ -99,18 +101,20 @@ def _checkpoint(session: Session, job: Job, step: str, param: str) -> Checkpoint
     return found
 
 
-def _prompt_files(services: Services, key: str, name: str) -> Path:
-    """A local copy of an adapter's tokenizer, fetched once from the bucket."""
-    folder = services.settings.home / "cache" / "prompts" / name
-    if not folder.is_dir():
-        part = folder.with_name(f"{name}.{ULID()}.part")
+@lru_cache(maxsize=256)
+def _fetched(storage: Storage, key: str, name: str) -> Contract:
+    """From a bucket. What lies under a key is the same for ever under the same name.
+
+    Raises:
+        NotFound: `file_missing`.
+        StorageFull: no room left.
+    """
+    with TemporaryDirectory(prefix=f"{name}-") as folder:
         try:
             for file in _PROMPT_FILES:
-                services.storage.get(f"{key}/{file}", part / file)
-            part.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another request was faster
-                raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return folder
+                storage.get(f"{key}/{file}", Path(folder, file))
+        except OSError as error:
+            if is_disk_full(error):
+                raise StorageFull(folder) from error
+            raise
+        return contracts.load_cached(Path(folder))

@@ -1,6 +1,8 @@
 """The inference server on its wire, over real sockets."""
 
+import errno
 import json
+import os
 import socket
 import threading
 import time
@@ -12,11 +14,12 @@ import httpx
 import pytest
 import uvicorn
 
-from core.errors import GraftError
+from core.errors import GraftError, StorageFull
 from core.ml.inference.answering import Piece
+from core.storage import Storage
 from tests import tiny
 from tests.ml.inference import strong
-from worker.inference import main
+from worker.inference import copies, main
 
 KEY = "engine-key"
 PROMPT = strong.prompt(20)
@@ -153,6 +156,33 @@ def test_only_what_lies_in_the_storage_is_loaded(server: Server, path: str) -> N
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_lora_path")
     missing = server.load("ad_bad", server.storage / "none")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "adapter_missing")
+
+
+def test_copies_from_a_bucket_are_those_asked_for_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(f"memory://{tmp_path.name}")
+    (tmp_path / "file").write_bytes(b"weights")
+    storage.put(tmp_path / "file", "ad/weights")
+
+    def get(name: str) -> None:
+        folder = copies.get(storage, "ad", ["weights"], tmp_path / "cache" / name, 3)
+        assert (folder / "weights").read_bytes() == b"weights"
+
+    for age, name in enumerate("abc"):
+        get(name)
+        os.utime(tmp_path / "cache" / name, (age, age))
+    for name in "adae":
+        get(name)
+    assert sorted(one.name for one in (tmp_path / "cache").iterdir()) == ["a", "d", "e"]
+
+    def full(*_asked: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "get", full)
+    with pytest.raises(StorageFull):
+        get("f")
+    assert sorted(one.name for one in (tmp_path / "cache").iterdir()) == ["a", "d", "e"]
 
 
 def test_a_prompt_is_known_again_under_its_salt(server: Server) -> None:

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from ulid import ULID
 
 from core import log
 from core.errors import BadRequest, GraftError, NotFound
@@ -34,12 +33,14 @@ from core.ml.quantization import Quantization
 from core.settings import Settings, load
 from core.storage import Storage
 from worker import device
-from worker.inference import wire
+from worker.inference import copies, wire
 from worker.inference.schemas import Completion, LoadAdapter
 
 # How often it is asked whether the client still listens.
 _LOOK_SECONDS = 0.25
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+# On disk, from a bucket; one that is asked for after it was removed is fetched again.
+_MOST_COPIES = 64
 
 
 class Server:
@@ -81,18 +82,7 @@ class Server:
         if (local := self.storage.local(key)) is not None:
             return local
         folder = self.settings.home / "cache" / "adapters" / hashlib.sha256(name.encode()).hexdigest()[:32]
-        if not folder.is_dir():
-            part = folder.with_name(f"{folder.name}.{ULID()}.part")
-            try:
-                for file in _FILES:
-                    self.storage.get(f"{key}/{file}", part / file)
-                part.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another request was faster
-                    raise
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-        return folder
+        return copies.get(self.storage, key, _FILES, folder, _MOST_COPIES)
 
 
 def create_app() -> FastAPI:

@@ -25,6 +25,7 @@ from core.errors import Conflict, GraftError
 from core.ml.inference.answering import Answering
 from core.ml.inference.bases import BUILDING
 from core.ml.inference.sampling import Sampler
+from core.ml.inference.store import adapters
 from core.ml.inference.store.adapters import Source
 
 
@@ -32,6 +33,7 @@ def answer(model: Any, one: Answering, meanwhile: Callable[[], None]) -> None:
     """Write one answer, and leave the model as it was; `meanwhile` is called with every token.
 
     Raises:
+        NotFound: `adapter_missing`, its files are gone by now.
         Conflict: `adapter_mismatch`, the adapter does not fit.
     """
     source = one.request.adapter
@@ -76,6 +78,8 @@ def _unload(model: Any, adapted: PeftModel) -> None:
 
 
 def _adapted(model: Any, source: Source) -> PeftModel:
+    if not source.folder.is_dir():
+        raise adapters.gone(source)
     try:
         with BUILDING:
             adapted = PeftModel.from_pretrained(model, str(source.folder)).eval()

@@ -135,11 +135,12 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_no_trace(
     assert ask(engine, tiny.NAME, PROMPT, Sampling(12)).wait().tokens == greedy(base)
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["batch", "compat"])
 def test_files_that_vanish_fail_their_own_request(
-    engine: Engine, adapters: list[Path], tmp_path: Path
+    engine: Engine, base: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    folder = tmp_path / "gone"
-    shutil.copytree(adapters[0], folder)
+    kept, folder = strong.adapter(tmp_path / "kept", base, 0, **settings), tmp_path / "gone"
+    shutil.copytree(kept, folder)
     engine.register("gone", tiny.NAME, folder)
     neighbour = ask(engine, tiny.NAME, PROMPT, LONG)
     shutil.rmtree(folder)
@@ -147,7 +148,7 @@ def test_files_that_vanish_fail_their_own_request(
         ask(engine, "gone", PROMPT, Sampling(5)).wait()
     assert caught.value.code == "adapter_missing"
     assert neighbour.wait().finish is not None
-    shutil.copytree(adapters[0], folder)
+    shutil.copytree(kept, folder)
     assert ask(engine, "gone", PROMPT, Sampling(5)).wait().tokens
 
 

@@ -94,8 +94,7 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
             layer, kind = _place(key)
             found.setdefault(layer, {})[kind] = tensor.to(device)
     except FileNotFoundError as error:
-        why = "it was deleted, or a newer checkpoint took its place"
-        raise NotFound("adapter_missing", f"The files of {source.name} are gone: {why}.") from error
+        raise gone(source) from error
     pairs = {}
     for layer, parts in found.items():
         a, b = parts["lora_A"].to(dtype), parts["lora_B"].to(torch.float32)
@@ -104,6 +103,11 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
     if not any(bool(pair.b.any()) for pair in pairs.values()):
         raise Conflict("adapter_inert", f"Adapter {source.name} changes nothing: every lora_B is zero.")
     return Adapter(pairs)
+
+
+def gone(source: Source) -> NotFound:
+    why = "it was deleted, or a newer checkpoint took its place"
+    return NotFound("adapter_missing", f"The files of {source.name} are gone: {why}.")
 
 
 def _digest(hashes: Sequence[bytes]) -> str:

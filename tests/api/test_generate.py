@@ -1,0 +1,65 @@
+"""Who answers, before an engine is asked."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.serving import models
+from core.control.tables import Adapter
+from core.ml import contract
+from core.storage import Storage
+from tests import tiny
+from tests.api.conftest import Api, only_sqlite, refused
+from tests.control import rows
+
+pytestmark = only_sqlite
+
+
+def adapter(api: Api, tiny_model: Path, folder: Path, **fields: Any) -> Adapter:
+    contract.save(contract.load(tiny_model), folder)
+    names = [file.name for file in folder.iterdir()]
+    with api.sessions.begin() as session:
+        row = rows.adapter(api.project_id, **fields)
+        session.add(row)
+    api.storage.put_folder(folder, f"{row.key}/files", names)
+    return row
+
+
+def test_an_adapter_whose_base_model_is_not_here_waits_for_it(
+    make_api: Callable[..., Api], tiny_model: Path, tmp_path: Path
+) -> None:
+    api = make_api(models={tiny.NAME: str(tiny_model), "tests/absent": str(tmp_path / "absent")})
+    row = adapter(api, tiny_model, tmp_path / "adapter", base_model="tests/absent")
+    for path, body in (
+        ("/generate", {"prompt": "a", "adapter_id": row.id}),
+        ("/v1/completions", {"prompt": "a", "model": row.id}),
+    ):
+        refused(api.client.post(path, json=body), 503, "model_not_ready")
+
+
+def test_an_adapter_in_a_bucket_is_fetched_once_and_leaves_no_files(
+    api: Api, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Storage, "local", lambda *_: None)  # as of a bucket
+    row = adapter(api, tiny_model, tmp_path / "adapter", base_model=tiny.NAME)
+    fetched: list[str] = []
+    get = Storage.get
+
+    def counted(storage: Storage, key: str, target: Path) -> None:
+        fetched.append(key)
+        get(storage, key, target)
+
+    def full(_storage: Storage, _key: str, _target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    body = {"prompt": "a", "adapter_id": row.id}
+    monkeypatch.setattr(Storage, "get", full)
+    refused(api.client.post("/generate", json=body), 507, "storage_full")
+    monkeypatch.setattr(Storage, "get", counted)
+    for _ in range(2):
+        refused(api.client.post("/generate", json=body), 503, "engine_unavailable")
+    assert len(fetched) == len(models._PROMPT_FILES)
+    assert not list((tmp_path / "home").rglob("tokenizer.json"))

@@ -58,8 +58,8 @@ def look(models: Catalogue, name: str) -> Base:
     )
 
 
-def load(models: Catalogue, name: str, precision: Precision, *, unfused: bool) -> Any:
-    """The model itself; `unfused` for adapters that peft adds.
+def load(models: Catalogue, name: str, precision: Precision) -> Any:
+    """The model itself.
 
     Raises:
         GraftError: `device_full`, 503; or why it cannot be loaded.
@@ -70,8 +70,6 @@ def load(models: Catalogue, name: str, precision: Precision, *, unfused: bool) -
     except (torch.OutOfMemoryError, MemoryError) as error:
         message = f"There is no memory for {name} beside what runs on this machine."
         raise GraftError("device_full", message, status=503) from error
-    if unfused:
-        base_model.unfuse(model)
     for layer in model.modules():
         # The fused CPU kernel fails on other shapes.
         if isinstance(layer, Linear4bit) and (

@@ -63,9 +63,10 @@ class Engine:
         self._sources: dict[str, Source] = {}
         self._adapters = Adapters(self.limits.adapter_bytes, self._read, self._wake)
         self._prefixes = Prefixes(self.limits.prefix_bytes)
-        # The base model in memory, and its scheduler unless peft has it; whether peft writes an answer.
+        # The base model in memory, whether kept from the fused kernel; its scheduler unless peft has it; whether peft writes.
         self._held: str | None = None
         self._model: Any = None
+        self._unfused = False
         self._scheduler: Scheduler | None = None
         self._by_peft = False
         # Guards what follows, and wakes the thread.
@@ -197,7 +198,11 @@ class Engine:
     def _look_up(self) -> None:
         """See who does not wait any more, or must not."""
         if self._wanted():
-            self._turn_away()
+            # Begin nothing new: what is being written is finished, then the memory goes back.
+            with self._changed:
+                left, self._waiting = self._waiting, []
+            for one in left:
+                one.fail(device_busy())
         with self._changed:
             self._waiting = [one for one in self._waiting if not one.leave()]
 
@@ -220,13 +225,6 @@ class Engine:
                 return
         self._scheduler.step()
 
-    def _turn_away(self) -> None:
-        """Begin nothing new: what is being written is finished, then the memory goes back."""
-        with self._changed:
-            left, self._waiting = self._waiting, []
-        for one in left:
-            one.fail(device_busy())
-
     def _fits(self, one: Answering) -> bool:
         return one.request.base == self._held and not self._apart(one)
 
@@ -237,7 +235,7 @@ class Engine:
     def _turn_to(self, head: Answering) -> None:
         """Have the model in memory that the first in the queue asks for; one that peft has to serve is answered."""
         try:
-            self._hold(head.request.base, unfused=self._apart(head))
+            self._hold(head.request)
             if not self._apart(head):
                 if self._scheduler is None:
                     # Under a name of its own the model would outlive its release here.
@@ -268,16 +266,22 @@ class Engine:
         with self._changed:
             self._waiting = [other for other in self._waiting if other is not one]
 
-    def _hold(self, name: str, *, unfused: bool) -> None:
-        if self._held == name and not (unfused and base_model.is_fused(self._model)):
+    def _hold(self, request: Request) -> None:
+        """Its base model; with the fused kernel, which is faster, unless its adapter forbids that."""
+        unfused = request.adapter is not None and request.adapter.unfused
+        held = self._held == request.base
+        if held and not (base_model.is_fused(self._model) if unfused else self._unfused):
             return
         self._release()
         if self._shared is not None:
             self._shared.hold()
             if self._shared.wanted():
                 raise device_busy()
-        self._model = bases.load(self._catalogue, name, self._precision, unfused=unfused)
-        self._held = name
+        self._model = bases.load(self._catalogue, request.base, self._precision)
+        self._unfused = unfused and base_model.is_fused(self._model)
+        if self._unfused:
+            base_model.unfuse(self._model)
+        self._held = request.base
 
     def _release(self) -> None:
         """Give all memory back. Nothing may be running."""

@@ -169,7 +169,7 @@ def test_the_digest_is_that_of_weights_and_configuration(
 
 
 def source(name: str, size: int = 10) -> Source:
-    return Source(name, tiny.NAME, Path(name), f"digest of {name}", apart=False, bytes=size)
+    return Source(name, tiny.NAME, Path(name), f"digest of {name}", apart=False, unfused=False, bytes=size)
 
 
 class Reading:

@@ -171,6 +171,8 @@ def test_too_little_memory_for_one_more_has_it_wait(llama: Case, monkeypatch: py
         assert not second.over
         finish(scheduler, [])
         scheduler.admit(waiting)
+        assert waiting == [second]  # alone, it tries once more when all that can go has gone
+        scheduler.admit(waiting)
     assert second.failed
     assert not waiting
     assert scheduler.free == scheduler.room

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from core.errors import BadRequest, Conflict, GraftError, NotFound
+from core.ml import base_model
 from core.ml.catalogue import Catalogue
 from core.ml.inference.engine import Engine
 from core.ml.inference.sampling import Sampling
@@ -25,6 +26,10 @@ from tests.ml.inference.conftest import MakeEngine
 PROMPT = strong.prompt(20)
 LONG = Sampling(300, stop_token_ids=())
 NEVER = {2: -100.0}
+# One that the batch does not read.
+NEOX = GPTNeoXConfig(
+    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+)
 
 
 def greedy(base: Path, folder: Path | None = None, prompt: list[int] = PROMPT, count: int = 12) -> list[int]:
@@ -394,6 +399,43 @@ def test_other_adapters_are_served_one_at_a_time(
     assert paths == ["batch", "compat", "batch", "compat", "batch"]
 
 
+def test_only_what_dora_asks_of_is_kept_from_the_fused_kernel(
+    make_engine: MakeEngine,
+    models: Catalogue,
+    base: Path,
+    adapters: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not every processor has that kernel: here every model says that it has, until it is kept from it."""
+    load, loaded = base_model.load, []
+
+    def fused(*asked: Any) -> Any:
+        model = load(*asked)
+        model.fused = True
+        loaded.append(model)
+        return model
+
+    monkeypatch.setattr(base_model, "load", fused)
+    monkeypatch.setattr(base_model, "is_fused", lambda model: model.fused)
+    monkeypatch.setattr(base_model, "unfuse", lambda model: setattr(model, "fused", False))
+    neox = strong.model(tmp_path / "neox", NEOX)
+    own = {**models.own, "tests/neox": str(neox)}
+    engine = make_engine(catalogue=Catalogue(models.folder, own, allow_hub=False))
+    engine.register("ad", tiny.NAME, adapters[0])
+    engine.register("dora", tiny.NAME, strong.adapter(tmp_path / "dora", base, 3, use_dora=True))
+    engine.register(
+        "whole", tiny.NAME, strong.adapter(tmp_path / "whole", base, 3, modules_to_save=["lm_head"])
+    )
+    plain = strong.adapter(tmp_path / "ad", neox, 1, "tests/neox", target_modules=["query_key_value"])
+    engine.register("neox-ad", "tests/neox", plain)
+    seen = []
+    for name in ("ad", "whole", "dora", "dora", tiny.NAME, "whole", "tests/neox", "neox-ad"):
+        assert ask(engine, name, PROMPT, Sampling(2)).wait().finish is not None
+        seen.append((len(loaded), loaded[-1].fused))
+    assert seen == [(1, True), (1, True), (2, False), (2, False), (3, True), (3, True), (4, True), (4, True)]
+
+
 def test_who_waits_for_one_alone_may_hang_up(make_engine: MakeEngine, base: Path, tmp_path: Path) -> None:
     engine = make_engine(Limits(waiting=8))
     engine.register("dora", tiny.NAME, strong.adapter(tmp_path / "ad", base, 3, use_dora=True))
@@ -418,10 +460,7 @@ def test_who_waits_for_one_alone_may_hang_up(make_engine: MakeEngine, base: Path
 def test_an_architecture_that_is_not_allowed_is_served_one_at_a_time(
     make_engine: MakeEngine, models: Catalogue, tmp_path: Path
 ) -> None:
-    config = GPTNeoXConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-    )
-    base = strong.model(tmp_path / "neox", config)
+    base = strong.model(tmp_path / "neox", NEOX)
     folder = strong.adapter(tmp_path / "ad", base, 1, "tests/neox", target_modules=["query_key_value"])
     engine = make_engine(catalogue=Catalogue(models.folder, {"tests/neox": str(base)}, allow_hub=False))
     engine.register("ad", "tests/neox", folder)

@@ -63,7 +63,6 @@ class Batched:
 
     def close(self) -> None:
         """Give the model back as it was."""
-        self.routing.take((), self.model.device)
         packed.unpack(self.model)
         lora.unwrap(self.model)
         self.model.set_attn_implementation(self._attention)

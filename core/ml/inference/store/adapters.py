@@ -35,13 +35,15 @@ _ENDS = ("lm_head", "embed_tokens")
 @dataclass(frozen=True)
 class Source:
     """An adapter's folder as it was looked at. `digest`: sha256 of weights and configuration; `apart`: the batch cannot
-    serve it, peft can; `bytes`: in memory, as float32."""
+    serve it, peft can; `unfused`: for which peft reads the base's weights, as they are without the fused kernel; `bytes`: in
+    memory, as float32."""
 
     name: str
     base: str
     folder: Path
     digest: str
     apart: bool
+    unfused: bool
     bytes: int
 
 
@@ -70,7 +72,7 @@ def look(name: str, base: str, folder: Path, layers: Mapping[str, tuple[int, int
         with (folder / file).open("rb") as stream:
             hashes.append(hashlib.file_digest(stream, "sha256").digest())
     size = sum(torch.Size(shape).numel() for shape in shapes.values()) * torch.float32.itemsize
-    return Source(name, base, folder, _digest(hashes), apart, size)
+    return Source(name, base, folder, _digest(hashes), apart, bool(config.get("use_dora")), size)
 
 
 def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:

@@ -140,8 +140,8 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
     problems = [
         {k: v for k, v in problem.items() if k != "text"}
         for field, problem in found.items()
-        # The branch of a union that understood more of the value tells more than `should be 'auto'`.
-        if problem["code"] != "literal_error" or not any(other.startswith(f"{field}.") for other in found)
+        # The branch of a union that understood more of the value tells more than the others.
+        if not any(other.startswith(f"{field}.") for other in found)
     ]
     first = problems[0]
     return _graft_error(
@@ -150,7 +150,7 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
             "invalid_request",
             first["message"],
             status=_UNPROCESSABLE,
-            param=first["field"],
+            param=first["field"] or None,
             hint=first["hint"],
             errors=problems[:_LISTED],
             error_count=len(problems),
@@ -159,11 +159,11 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _problem(item: dict[str, Any], model: Any) -> dict[str, Any]:
-    place = _place(list(item["loc"]), model)
-    field = ".".join(part[:60] for part in place) or "body"
+    place = _place(list(item["loc"]), model, unknown=item["type"] == "extra_forbidden")
+    field = ".".join(part[:60] for part in place)
     text, hint = str(item["msg"]).removeprefix("Value error, "), _reason(place, model)
     text = text[0].lower() + text[1:]
-    message = f'The field "{field}": {text}.'
+    message = f'The field "{field}": {text}.' if field else f"{text[0].upper()}{text[1:]}."
     if item["type"] == "extra_forbidden":
         message, hint = f'There is no field "{field}".', None
         fields = _fields_at(model, place[:-1])
@@ -174,21 +174,23 @@ def _problem(item: dict[str, Any], model: Any) -> dict[str, Any]:
         text = "has characters, or a form, that it cannot have"
         message = f'The field "{field}" {text}.'
     elif item["type"] == "missing":
-        message = f'The field "{field}" is missing.'
+        message = f'The field "{field}" is missing.' if field else "The request has no body."
     elif item["type"] == "json_invalid":
         message = "The request body is not valid JSON."
     return {"field": field, "code": item["type"], "message": message, "hint": hint, "text": text}
 
 
-def _place(location: list[Any], model: Any) -> list[str]:
-    """Where in the request, by the names that a client knows: pydantic adds those of union branches."""
+def _place(location: list[Any], model: Any, *, unknown: bool) -> list[str]:
+    """Where in the request, by the names that a client knows: pydantic adds those of union branches. Of an `unknown` field
+    the last name is none that the model has."""
     where, *rest = location
     if where != "body":
         return [str(part) for part in rest]
     place: list[str] = []
-    for part in rest:
+    for number, part in enumerate(rest, 1):
         annotation = _annotation_at(model, place)
-        if isinstance(part, int) or _model_in(annotation) is not None or get_origin(annotation) is dict:
+        named = part in _fields_at(model, place) or (unknown and number == len(rest))
+        if isinstance(part, int) or named or get_origin(annotation) is dict:
             place.append(str(part))
     return place
 

@@ -8,6 +8,7 @@ from core import strict_json
 from core.control import adapters, db
 from core.control.tables import Dataset
 from core.errors import BadRequest
+from core.ml import catalogue
 from core.ml.training import config
 from core.ml.training.config import Spec
 from core.ml.training.spec import presets, support
@@ -27,7 +28,9 @@ def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tupl
     support.check(spec)  # before anything is looked up
     if spec.continue_from is None:
         own = presets.find(body.preset).preset.model if body.preset else None
-        return body.model or own or services.settings.default_model, spec
+        model = body.model or own or services.settings.default_model
+        _check_modules(services, model, spec)
+        return model, spec
     with db.reading(services.sessions) as session:
         adapter = adapters.get(session, project_id, spec.continue_from, param="continue_from")
     if body.model not in (None, adapter.base_model):
@@ -50,7 +53,15 @@ def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tupl
         ) from error
     spec = spec.model_copy(update={"lora": lora})
     support.check(spec)
+    _check_modules(services, adapter.base_model, spec)
     return adapter.base_model, spec
+
+
+def _check_modules(services: Services, name: str, spec: Spec) -> None:
+    """Where the base model's files are here; otherwise the trainer finds out."""
+    model = catalogue.find(services.catalogue, name)
+    if model.ready and spec.lora.target_modules != "all-linear":
+        support.check_modules(spec, catalogue.weights(model))
 
 
 def preset_of(body: JobCreate, model: str, spec: Spec, dataset: Dataset) -> dict[str, Any] | None:

@@ -65,16 +65,22 @@ def connected(url: str, key: str | None, home: Path) -> Iterator[Client]:
         with Client(url, key or _kept_key(home)) as client:
             yield client
     except ApiError as error:
-        say(errors, error.message, style="red")
-        for item in error.errors[:_LISTED]:
-            say(errors, f"  {item.get('line') or item.get('field')}: {item['message']}")
-        if error.hint:
-            say(errors, error.hint)
+        tell(error)
         raise typer.Exit(1) from None
     except UnreachableError as error:
         fail(f"{error} Start it with: graft up", code=1)
     except OSError as error:
         fail(f"{error.filename or 'A file'}: {error.strerror or error}.", code=1)
+
+
+def tell(error: ApiError) -> None:
+    """What the service says is wrong."""
+    say(errors, error.message, style="red")
+    for item in error.errors[:_LISTED]:
+        if item["message"] != error.message:
+            say(errors, f"  {item.get('line') or item.get('field')}: {item['message']}")
+    if error.hint:
+        say(errors, error.hint)
 
 
 def _kept_key(home: Path) -> str:

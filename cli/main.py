@@ -26,9 +26,11 @@ from cli.connect import (
     console,
     fail,
     mapping_of,
+    tell,
 )
 from cli.up import up as run_up
 from core.errors import GraftError
+from graft_client.client import ApiError, Client
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -171,16 +173,38 @@ def chat(
     turns = [{"role": "system", "content": system}] if system else []
     which = {name: value for name, value in {"adapter_id": adapter, "model": model}.items() if value}
     with connected(url, key, home) as client:
-        for text in [message] if message else _lines():
-            turns.append({"role": "user", "content": text})
-            answer = ""
-            for event, data in client.stream(messages=turns, max_new_tokens=max_new_tokens, **which):
-                if event == "token":
-                    answer += data["text"]
-                    sys.stdout.write(data["text"])
-                    sys.stdout.flush()
-            sys.stdout.write("\n")
-            turns.append({"role": "assistant", "content": answer})
+        for text in _lines() if message is None else [message]:
+            asked = [*turns, {"role": "user", "content": _readable(text)}]
+            try:
+                answer = _answered(client, messages=asked, max_new_tokens=max_new_tokens, **which)
+            except ApiError as error:
+                if message is not None:
+                    raise
+                tell(error)  # the conversation so far stays
+            else:
+                turns = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _answered(client: Client, **body: Any) -> str:
+    """An answer, written as it comes."""
+    answer = ""
+    try:
+        for event, data in client.stream(**body):
+            if event == "token":
+                answer += data["text"]
+                sys.stdout.write(data["text"])
+                sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
+    return answer
+
+
+def _readable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        fail("What you wrote is not UTF-8.")
+    return text
 
 
 def _lines() -> Iterator[str]:

@@ -80,7 +80,7 @@ class Prompted(Sampled):
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         if (self.messages is None) == (self.prompt is None):
-            raise ValueError("give messages or prompt")
+            raise ValueError("give messages or prompt, and not both")
         if 0 < self.temperature < _COLDEST:
             raise ValueError(f"temperature must be 0 or at least {_COLDEST}")
         if self.tools and self.messages is None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import httpx2
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
+from safetensors import safe_open
 
 from core.errors import GraftError, NotFound, StorageFull, is_disk_full, nearest
 
@@ -132,6 +133,20 @@ def context(model: BaseModel) -> int:
 def configuration(model: BaseModel) -> dict[str, Any]:
     """The config.json of a model whose files are here."""
     found: dict[str, Any] = json.loads((model.path / "config.json").read_text())
+    return found
+
+
+def weights(model: BaseModel) -> set[str]:
+    """The names of the modules that have a matrix as their weight, read from the files' headers; of a model whose files are
+    here."""
+    found = set()
+    for path in sorted(model.path.glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            found |= {
+                name.removesuffix(".weight")
+                for name in file.offset_keys()
+                if name.endswith(".weight") and len(file.get_slice(name).get_shape()) > 1
+            }
     return found
 
 

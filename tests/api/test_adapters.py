@@ -171,15 +171,16 @@ def test_without_an_engine_generation_is_unavailable(
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, "body"),
-        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "body"),
+        ({}, ""),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, ""),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": "a"}], "raw": True}, "body"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "body"),
+        ({"messages": [{"role": "user", "content": "a"}], "raw": True}, ""),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, ""),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": "a", "name": 1}]}, "messages.0.name"),
-        ({"prompt": "a", "adapter_id": "x", "model": "y"}, "body"),
-        ({"prompt": "a", "stream": True, "n": 2}, "body"),
+        ({"prompt": "a", "adapter_id": "x", "model": "y"}, ""),
+        ({"prompt": "a", "stream": True, "n": 2}, ""),
         ({"prompt": "a", "n": 0}, "n"),
         ({"prompt": "a", "n": 9}, "n"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens"),
@@ -195,7 +196,9 @@ def test_without_an_engine_generation_is_unavailable(
 )
 def test_a_wrong_request_is_named_by_its_field(shared_api: Api, body: dict[str, Any], param: str) -> None:
     error = refused(shared_api.client.post("/generate", json=body), 422, "invalid_request")
-    assert {problem["field"] for problem in error["errors"]} == {param}
+    assert error["errors"][0]["field"] == param
+    assert error["param"] == (param or None)
+    assert f'"{param}"' in error["message"] or not param
 
 
 def test_a_conversation_is_checked_as_those_of_a_data_set(shared_api: Api) -> None:

@@ -63,9 +63,10 @@ def test_a_job_without_a_preset_has_none(api: Api) -> None:
 def test_every_preset_can_be_asked_for_in_both_modes(api: Api) -> None:
     for preset in presets.known():
         for mode in ("fixed", "faithful"):
-            job = posted(api, preset=f"{preset.name}@{preset.version}:{mode}", model=tiny.NAME)
+            name = f"{preset.name}@{preset.version}:{mode}"
+            job = posted(api, preset=name, model=tiny.NAME, lora={"target_modules": "all-linear"})
             assert job["preset"]["mode"] == mode
-            assert job["preset"]["diff"].keys() <= {"model"}
+            assert job["preset"]["diff"].keys() <= {"model", "lora.target_modules"}
 
 
 @only_sqlite
@@ -229,3 +230,24 @@ def test_the_same_request_finds_its_job_when_the_adapter_is_gone(api: Api, tmp_p
     api.client.post(f"/jobs/{first['id']}/cancel")  # until then the adapter is in use
     assert api.client.delete(f"/adapters/{adapter}").status_code == 200
     assert api.client.post("/jobs", json=body, headers=headers).json()["id"] == first["id"]
+
+
+# ---- Names of modules
+
+
+@only_sqlite
+@pytest.mark.parametrize("names", [["q_prj"], ["q_proj", "nope"], ["norm"], ["self_attn"], ["proj"]])
+def test_modules_that_the_base_model_has_not_are_refused_with_those_it_has(
+    api: Api, names: list[str]
+) -> None:
+    error = posted(api, 422, "unknown_target_modules", lora={"target_modules": names})
+    assert error["param"] == "lora.target_modules"
+    assert names[-1] in error["message"]
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in error["hint"]
+
+
+@only_sqlite
+def test_modules_are_adapted_once_however_often_they_are_named(api: Api) -> None:
+    names = ["q_proj", "up_proj", "q_proj"]
+    assert posted(api, lora={"target_modules": names})["spec"]["lora"]["target_modules"] == names[:2]
+    posted(api, 422, "invalid_request", lora={"target_modules": ["q_proj"] * 201})

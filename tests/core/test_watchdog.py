@@ -56,6 +56,20 @@ def test_what_the_last_logs_look_like(seen: list[dict[str, float]], found: Any) 
     assert watchdog.suspicion(seen) == found
 
 
+@pytest.mark.parametrize(
+    ("losses", "found"),
+    [
+        ((2, 3, 8, 21), ("exploding", 1)),
+        ((2, 21, 33, 17), ("exploding", 3)),
+        ((2, 21, 33, 9), None),
+        ((2, 11.5), None),  # less than a nat worse
+        ((13, 14, 13), None),  # so it began: the data is unlike anything that the model knows
+    ],
+)
+def test_worse_than_guessing_is_seen_from_the_first_steps_on(losses: tuple[float, ...], found: Any) -> None:
+    assert watchdog.suspicion(logs(*losses), guessing=math.log(49_152)) == found
+
+
 def test_a_long_run_is_judged_by_its_first_and_its_last_logs() -> None:
     history: list[dict[str, float]] = [
         {"eval_loss": 9.0},

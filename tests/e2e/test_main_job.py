@@ -231,6 +231,21 @@ def test_the_cli_trains_lists_and_chats(service: Service, rows_file: Path, tmp_p
     assert graft("chat", "--adapter", adapter, "-m", "name 3", "--max-new-tokens", "8").endswith("\n")
 
 
+def test_a_conversation_goes_on_after_an_answer_that_failed(service: Service) -> None:
+    said = subprocess.run(
+        [str(GRAFT), "chat", "--url", service.url, "--max-new-tokens", "8"],
+        input=b"name " * 1000 + b"\nname 3\n\xff\xfe\n",
+        capture_output=True,
+        env=service.environment | {"GRAFT_CLIENT_KEY": service.key},
+        timeout=60,
+        check=False,
+    )
+    assert said.returncode == 2
+    assert b"more than the 512 the model reads" in b" ".join(said.stderr.split())
+    assert said.stdout.count(b"\n") == 2  # after each answer, also the one that failed
+    assert said.stderr.endswith(b"What you wrote is not UTF-8.\n")
+
+
 def test_the_cli_exports_an_adapter(service: Service, job: dict, tmp_path: Path) -> None:
     saved = tmp_path / "merged.zip"
     said = run_graft(service, "export", "adapter", job["adapter_id"], "-o", str(saved))

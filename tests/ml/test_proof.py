@@ -141,6 +141,17 @@ def test_without_validation_rows_nothing_is_said_of_better_or_worse(make: runs.M
     assert "check_loss" in {check["name"] for check in proved["certificate"]["checks"]}
 
 
+def test_an_adapter_that_is_worse_even_on_its_own_rows_is_told_so(make: runs.MakeRun) -> None:
+    run = make("spoiled", lora={"alpha": 1024}, training={"learning_rate": 1.0, "max_steps": 3})
+    result, _ = runs.train(run)
+    assert result.adapter is not None
+    kind, proved = prove((run, result.adapter, result.metrics))
+    assert kind == "proved"
+    verdict = proved["certificate"]["evaluation"]["verdict"]
+    assert verdict["better"] == "worse"
+    assert "Even on rows that it was trained on" in verdict["words"]
+
+
 def test_validation_rows_that_are_all_trained_prove_nothing_and_break_nothing(
     make: runs.MakeRun, folder: Path
 ) -> None:

@@ -74,7 +74,11 @@ def test_the_ladder_against_divergence_is_taken_rung_by_rung(
 ) -> None:
     """From the fourth step on the model gives no numbers, whatever is tried."""
     spoil(lambda n, _, given: given * float("nan") if n > 3 else given)
-    spec: dict[str, Any] = {"checkpoints": {"every_steps": 2}, "training": {"max_steps": 20}}
+    spec: dict[str, Any] = {
+        "checkpoints": {"every_steps": 2},
+        "training": {"max_steps": 20},
+        "quantization": {"compute_dtype": "bfloat16"},  # "auto" is float32 on processors without it
+    }
     first, reports = again(make_run("first", **spec))
     assert (first.cause, first.from_start) == ("not_finite", False)
     assert first.changes == {"training": {"learning_rate": 0.005}}

@@ -204,7 +204,5 @@ def metrics(found: Evaluation) -> list[Check]:
     if not found.unscored:
         return []
     names = ", ".join(found.unscored)
-    detail = (
-        f"No validation row can be scored by {names}: its expected answer is of another kind, or too long."
-    )
+    detail = f"No validation row can be scored by {names}: of another kind, too long, or trained too."
     return [Check("metrics", False, "warn", list(found.unscored), [], detail)]

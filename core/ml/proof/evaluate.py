@@ -167,11 +167,11 @@ def evaluate(
     base, adapter = side(base=True), side(base=False)
     rows_asked = [question.row for question in fitting.values()]
     assert spec.evaluation.metrics != "auto"
-    metrics = spec.evaluation.metrics if kept else []
+    metrics = spec.evaluation.metrics if rows.valid_count else []
     texts = [[answer.text for answer in side.answers] for side in (base, adapter)]
     scored, unscored = [], []
     for metric in metrics:
-        found = scores.compare(metric, rows_asked, *texts) if rows_asked else []
+        found = scores.compare(metric, rows_asked, *texts) if rows_asked and kept else []
         scored += found
         unscored += [] if found else [metric]
         tick()
@@ -236,6 +236,14 @@ def verdict(found: Evaluation) -> dict[str, Any]:
 
 def _better(found: Evaluation) -> tuple[Better | None, str]:
     loss = found.loss
+    if loss is None and len(found.base.losses.sums) >= _FEWEST_ROWS:
+        # What was trained can only make it look better.
+        trained = scores.paired("loss", found.base.losses.rows, found.adapter.losses.rows)
+        if trained.interval[0] > 0:
+            return (
+                "worse",
+                f"Even on rows that it was trained on it is worse than its base model: {_told(trained)}.",
+            )
     if loss is None and found.valid:
         return (
             None,

@@ -41,7 +41,7 @@ class Lora(Part):
         lt=1,
         description="Share of its inputs that the adapter does not see: at 1 it would see nothing.",
     )
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(max_length=200)] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
     init: Literal["default", "gaussian", "pissa"] = "default"
@@ -54,7 +54,7 @@ class Lora(Part):
             raise ValueError('must be "all-linear" or a list of module names such as ["q_proj", "v_proj"]')
         if "lm_head" in value:
             raise ValueError("lm_head cannot be adapted: the loss is computed from its weights directly")
-        return value
+        return value if isinstance(value, str) else list(dict.fromkeys(value))
 
 
 class Training(Part):

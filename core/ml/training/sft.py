@@ -86,7 +86,9 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     try:
         with alive(report):
             trainer = assembly.trainer_of(model, planned, precision, contract, rows, run.work / "checkpoints")
-        trainer.watchdog = guard.Watchdog(report, progress, spec, run.recoveries, _line_of(rows))
+        trainer.watchdog = guard.Watchdog(
+            report, progress, spec, run.recoveries, _line_of(rows), model.config.vocab_size
+        )
         for callback in (
             progress,
             # Before the first step is reported: the engine takes what is free then.

@@ -32,6 +32,11 @@ def read(text: str, size: int) -> tuple[str, list[dict]]:
             '<tool_call>{"name": "f", "arguments": []}</tool_call>',
             [],
         ),
+        (
+            '<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>',
+            '<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>',
+            [],
+        ),
         ("", "", []),
     ],
 )

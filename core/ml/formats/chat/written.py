@@ -53,6 +53,8 @@ def _call(text: str) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
+    if found.keys() - {"name", "arguments"}:
+        return None  # another form, of which a part would be lost
     arguments = found.get("arguments", {})
     return {"name": found["name"], "arguments": arguments} if isinstance(arguments, dict) else None
 

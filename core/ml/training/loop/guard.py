@@ -1,5 +1,6 @@
 """The watchdog at its place in the training: every step is judged before the optimizer takes it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -35,7 +36,8 @@ def documents(batch: Mapping[str, Any]) -> list[list[int]]:
 
 
 class Watchdog(TrainerCallback):
-    """Judges every step of a `Trainer`. `line_of` finds the line of a row by its token ids."""
+    """Judges every step of a `Trainer`. `line_of` finds the line of a row by its token ids; `vocabulary`: how many tokens
+    the model chooses from."""
 
     def __init__(
         self,
@@ -44,9 +46,11 @@ class Watchdog(TrainerCallback):
         spec: Spec,
         recoveries: Sequence[Mapping[str, Any]],
         line_of: Callable[[list[int]], int | None],
+        vocabulary: int,
     ) -> None:
         self.report, self.progress, self.spec = report, progress, spec
         self.recoveries, self.line_of = recoveries, line_of
+        self.guessing = math.log(vocabulary)
         self.told_untrained = False
 
     def skips(self, step: int, batches: Sequence[Any], loss: float, grad_norm: float, *, fp16: bool) -> bool:
@@ -76,7 +80,7 @@ class Watchdog(TrainerCallback):
         if "learning_rate" not in logs:
             return  # not the log of a step
         if "loss" in logs:
-            found = watchdog.suspicion(watchdog.recent(state.log_history))
+            found = watchdog.suspicion(watchdog.recent(state.log_history), self.guessing)
             if found and found[1] >= watchdog.RUNNING:
                 raise self._recovery(found[0], state.global_step)
             self.progress.suspicious = found is not None

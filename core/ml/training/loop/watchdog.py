@@ -32,7 +32,7 @@ _REMEMBERED = 100
 
 WORDS: dict[Cause, str] = {
     "not_finite": "the loss or the gradient is no finite number",
-    "exploding": f"the loss is more than {_TIMES:.0f} times what it was, and more than in the first steps",
+    "exploding": f"the loss is more than {_TIMES:.0f} times what it was, or worse than guessing",
     "zero_loss": "the loss is exactly zero although the predictions are wrong, so it is not computed rightly",
     "zero_gradient": "the gradient has been exactly zero from the beginning, so nothing is learnt",
     "out_of_memory": "the device has too little memory",
@@ -64,10 +64,11 @@ def bad_step(loss: float, grad_norm: float, *, fp16: bool) -> bool:
     return not (math.isfinite(loss) and (fp16 or math.isfinite(grad_norm)))
 
 
-def suspicion(logs: Sequence[Log]) -> tuple[Cause, int] | None:
+def suspicion(logs: Sequence[Log], guessing: float = math.inf) -> tuple[Cause, int] | None:
     """What the last of a run's logs {loss, grad_norm, mean_token_accuracy} look like, and for how many running.
 
-    A loss of zero with every token right is none: the rows are known by heart.
+    A loss of zero with every token right is none: the rows are known by heart. `guessing`: the loss of a model that takes
+    every token for as likely, the logarithm of their number.
     """
     if not logs:
         return None
@@ -76,7 +77,7 @@ def suspicion(logs: Sequence[Log]) -> tuple[Cause, int] | None:
     zeros = _last(logs, lambda log: log["loss"] == 0 and log["mean_token_accuracy"] < 1)
     if zeros:
         return "zero_loss", zeros
-    high = _high([log["loss"] for log in logs])
+    high = _high([log["loss"] for log in logs], guessing)
     return ("exploding", high) if high else None
 
 
@@ -91,13 +92,15 @@ def _last(logs: Sequence[Log], like: Callable[[Log], bool]) -> int:
     return next((n for n, log in enumerate(reversed(logs)) if not like(log)), len(logs))
 
 
-def _high(losses: Sequence[float]) -> int:
-    """How many of the last losses stand far above the median of those before them that did not."""
+def _high(losses: Sequence[float], guessing: float) -> int:
+    """How many of the last losses stand far above the median of those before them that did not; or, before that is known,
+    are worse than guessing where the first one was better."""
     calm: list[float] = []
     running = 0
     for loss in losses:
         usual = median(calm[-_WINDOW:]) if len(calm) >= _FEWEST else math.inf
-        if loss > max(_TIMES * usual, usual + _NATS) and loss > max(calm[:_FIRST]):
+        worst = loss > guessing + _NATS and losses[0] < guessing
+        if worst or (loss > max(_TIMES * usual, usual + _NATS) and loss > max(calm[:_FIRST])):
             running += 1
         else:
             running = 0

@@ -12,6 +12,7 @@ LIBRARY_NAMES = {
 }
 # Half of what an adapter to continue from may have.
 _PISSA_R, _PISSA_ALPHA = 128, 512
+_NAMED = 10
 
 
 def check(spec: Spec) -> None:
@@ -53,6 +54,28 @@ def check(spec: Spec) -> None:
             "DoRA and PiSSA cannot be joined: the result would be no ordinary adapter.",
             param="lora.init",
             hint='Use either use_dora or init "pissa".',
+        )
+
+
+def check_modules(spec: Spec, weights: set[str]) -> None:
+    """What the names of the base model's `weights` show of the modules that are to be adapted.
+
+    Raises:
+        BadRequest: `unknown_target_modules`.
+    """
+    names = spec.lora.target_modules
+    missing = [
+        name
+        for name in ([] if isinstance(names, str) else names)
+        if not any(there == name or there.endswith(f".{name}") for there in weights)
+    ]
+    if missing and weights:
+        layers = sorted({there.rpartition(".")[2] for there in weights if "embed" not in there} - {"lm_head"})
+        raise BadRequest(
+            "unknown_target_modules",
+            f"The model has no linear layer named {' or '.join(missing[:_NAMED])}.",
+            param="lora.target_modules",
+            hint=f'Use "all-linear" or some of: {", ".join(layers)}.',
         )
 
 

@@ -179,7 +179,7 @@ def test_wrong_requests_raise_what_openai_raises(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tool_choice": "required", "tools": TOOLS}, "tool_choice"),
         ({"temperature": 3}, "temperature"),
-        ({"top_logprobs": 3}, "body"),
+        ({"top_logprobs": 3}, None),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
         ({"max_completion_tokens": 10_000}, "max_completion_tokens"),
         ({"extra_body": {"temprature": 1}}, "temprature"),

@@ -9,6 +9,7 @@ from core.control import adapters, db
 from core.control.tables import Dataset
 from core.errors import BadRequest
 from core.ml import catalogue
+from core.ml.quantization import Quantization
 from core.ml.training import config
 from core.ml.training.config import Spec
 from core.ml.training.spec import presets, support
@@ -18,7 +19,8 @@ _CONFIG_BYTES = 1024 * 1024
 
 
 def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tuple[str, Spec]:
-    """The base model's name, and the spec as it was asked for, with the LoRA settings of an adapter to continue from.
+    """The base model's name, and the spec as it was asked for, with the LoRA settings of an adapter to continue from, and
+    its quantization where none is given.
 
     Raises:
         NotFound: `adapter_not_found`.
@@ -52,6 +54,11 @@ def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tupl
             param="continue_from",
         ) from error
     spec = spec.model_copy(update={"lora": lora})
+    trained = (adapter.certificate or {}).get("spec", {}).get("quantization")
+    if trained and "quantization" not in body.model_fields_set and body.preset is None:
+        # On a base held otherwise it would begin as another adapter.
+        held = Quantization.model_validate(trained | {"compute_dtype": "auto"})
+        spec = spec.model_copy(update={"quantization": held})
     support.check(spec)
     _check_modules(services, adapter.base_model, spec)
     return adapter.base_model, spec

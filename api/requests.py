@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 from fastapi import Request
 from fastapi.dependencies.utils import get_flat_params
+from fastapi.params import Form
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import ImmutableMultiDict
@@ -49,9 +50,24 @@ class StrictRoute(APIRoute):
             if "\0" in unquote(request.url.query):
                 raise BadRequest("invalid_request", "The query holds a NUL character.")
             self._refuse_unknown(request)
+            self._refuse_other_types(request)
             return await handler(StrictRequest(request.scope, request.receive))
 
         return strict
+
+    def _refuse_other_types(self, request: Request) -> None:
+        """FastAPI would take a body of another type for a text, and say that it is no object."""
+        has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+        if self.body_field is None or isinstance(self.body_field.field_info, Form) or not has_body:
+            return
+        given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if given != "application/json" and not (given.startswith("application/") and given.endswith("+json")):
+            raise BadRequest(
+                "unsupported_media_type",
+                f"The request body is {given[:60] or 'of no stated type'}; expected application/json.",
+                status=415,
+                hint="Send the header content-type: application/json, with curl by --json.",
+            )
 
     def _refuse_unknown(self, request: Request) -> None:
         """A misspelt parameter of the query must not be passed over: FastAPI would."""

@@ -150,6 +150,15 @@ def test_an_evaluation_needs_rows_that_are_not_trained(api: Api, evaluation: dic
 
 
 @only_sqlite
+def test_a_job_continues_on_a_base_held_as_its_adapter_was_trained_on(api: Api, tmp_path: Path) -> None:
+    held = {"bits": 16, "type": "nf4", "double_quant": True, "compute_dtype": "float32"}
+    adapter = adapter_id(api, tmp_path, certificate={"spec": {"quantization": held}})
+    assert posted(api, continue_from=adapter)["spec"]["quantization"] == held | {"compute_dtype": "auto"}
+    given = posted(api, continue_from=adapter, quantization={"bits": 4})["spec"]["quantization"]
+    assert given["bits"] == 4
+
+
+@only_sqlite
 def test_a_value_out_of_bounds_is_refused_with_what_it_is_about(api: Api) -> None:
     error = posted(api, 422, "invalid_request", training={"learning_rate": 2})
     assert error["param"] == "training.learning_rate"
@@ -177,6 +186,7 @@ def test_a_job_continues_from_an_adapter_with_its_model_and_settings(api: Api, t
     job = posted(api, continue_from=adapter)
     assert (job["model"], job["spec"]["continue_from"]) == (tiny.NAME, adapter)
     assert (job["spec"]["lora"]["r"], job["spec"]["lora"]["target_modules"]) == (8, ["q_proj", "v_proj"])
+    assert job["spec"]["quantization"]["bits"] == 4
     job = posted(api, continue_from=adapter, preset="zephyr_7b_sft")
     assert (job["model"], job["spec"]["lora"]["r"]) == (tiny.NAME, 8)
     assert job["preset"]["diff"]["lora.r"] == {"preset": 64, "yours": 8}

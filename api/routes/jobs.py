@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 
 from api import intake
@@ -142,7 +143,10 @@ def list_events(
     services: ServicesDep,
     caller: CallerDep,
     page: PageDep,
-    last_event_id: Annotated[int | None, Header(ge=0, lt=2**63)] = None,
+    last_event_id: Annotated[
+        # Browsers send an empty one before the first event.
+        Annotated[int, Field(ge=0, lt=2**63)] | None, BeforeValidator(lambda given: given or None), Header()
+    ] = None,
 ) -> Any:
     """Newest first; with `Accept: text/event-stream` as they happen, after `Last-Event-ID`."""
     with db.reading(services.sessions) as session:

@@ -429,6 +429,7 @@ def test_a_stream_replays_an_ended_job_and_ends(api: Api, job_id: str) -> None:
     assert [event["id"] for event in stream] == [event["data"]["id"] for event in stream]
     assert follow(api, job_id, **{"last-event-id": str(stream[1]["id"])}) == stream[2:]
     assert follow(api, job_id, **{"last-event-id": str(stream[2]["id"])}) == []
+    assert follow(api, job_id, **{"last-event-id": ""}) == stream
 
 
 def test_a_stream_follows_a_job_to_its_end(api: Api, job_id: str) -> None:

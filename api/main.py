@@ -20,6 +20,7 @@ from api.requests import LimitBody
 from api.routes import (
     adapters,
     control,
+    conversations,
     datasets,
     docs,
     exports,
@@ -74,6 +75,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for module in (
         datasets,
         preview,
+        conversations,
         preflight,
         jobs,
         control,

@@ -1,4 +1,4 @@
-"""`graft data`: what is in a data set file, and what of it would be trained."""
+"""`graft data`: what is in a data set file, what of it would be trained, and the same for other tools."""
 
 import json
 import shlex
@@ -30,7 +30,7 @@ from graft_client.client import Client, Json
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Check a data set file, and see what of it would be trained.",
+    help="Check a data set file, see what of it would be trained, and have that as plain conversations.",
 )
 
 
@@ -105,6 +105,29 @@ def show_(
             dataset = client.dataset(data)
             preview = client.preview(data, **asked)
         show.preview(console, dataset, preview)
+
+
+@app.command()
+def conversations(
+    dataset_id: Annotated[str, typer.Argument(metavar="DATASET_ID")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")],
+    loss_on: Annotated[str, typer.Option(help="auto, assistant, completion or all.")] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="Base model: what its chat template does not write becomes text.")
+    ] = None,
+    url: Url = URL,
+    key: Key = None,
+    home: Home = HOME,
+) -> None:
+    """Write a data set for other tools, as it would be trained: one conversation in OpenAI's form a line."""
+    if output.exists():
+        fail(f'"{output}" is there already and is not overwritten; give another name.')
+    if not output.parent.is_dir():
+        fail(f'There is no folder "{output.parent}".')
+    asked = {"loss_on": loss_on} | ({"model": model} if model is not None else {})
+    with connected(url, key, home) as client:
+        client.conversations(dataset_id, output, **asked)
+    say(console, f"Written to {output}.")
 
 
 @contextmanager

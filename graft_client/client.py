@@ -74,12 +74,7 @@ class Client:
             return self._call("POST", "/datasets/validate", data=form, files={"file": (_name(file), stream)})
 
     def repaired(
-        self,
-        file: Path,
-        target: Path,
-        *,
-        format: str = "auto",
-        mapping: Json | None = None,
+        self, file: Path, target: Path, *, format: str = "auto", mapping: Json | None = None
     ) -> None:
         """Write the repaired file to `target`. Raises ApiError `not_repairable`."""
         form = _form(format, mapping) | {"repaired": "true"}
@@ -99,6 +94,11 @@ class Client:
 
     def preview(self, dataset_id: str, **query: Any) -> Json:
         return self._call("GET", f"/datasets/{dataset_id}/preview", params=query)
+
+    def conversations(self, dataset_id: str, target: Path, **query: Any) -> None:
+        """Write the data set to `target` as it would be trained, a conversation or a text a line."""
+        with self._stream("GET", f"/datasets/{dataset_id}/conversations", params=query) as response:
+            _write(response, target)
 
     def create_job(self, body: Json, *, idempotency_key: str | None = None) -> Json:
         headers = {"idempotency-key": idempotency_key} if idempotency_key else {}

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from core.errors import BadRequest
 from core.ml import rendering, tokens
+from core.ml.formats.chat import weights
 from core.ml.formats.chat.example import Conversation, Example, Turn
 from core.ml.rendering import Marks, Styles
 
@@ -196,13 +197,7 @@ def pieces(contract: Contract, ids: list[int]) -> list[str]:
 
 
 def _text(contract: Contract, text: str, loss_on: LossOn) -> Encoded:
-    if loss_on not in ("auto", "all"):
-        raise BadRequest(
-            "no_turns",
-            "The rows are plain texts without turns, so there is no answer to train alone.",
-            param="training.loss_on",
-            hint='Use loss_on "all" or "auto", or a mapping that says which part is the answer.',
-        )
+    weights.check_text(loss_on)
     ids = encode_plain(contract, text)
     end = contract.tokenizer.eos_token_id
     if end is not None and ids[-1:] != [end]:
@@ -219,7 +214,7 @@ def _plan(contract: Contract, example: Conversation, loss_on: LossOn | None = No
         conversation = conversation._replace(turns=turns, tools=tools)
     turns, untrained = conversation.turns, conversation.untrained
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    counted = _counted(answers, untrained, loss_on)
+    counted = weights.counted(answers, untrained, loss_on)
     whole = rendering.render(contract.tokenizer, turns, conversation.tools, answer_next=loss_on is None)
     borders = [0]
     trained = []
@@ -242,18 +237,6 @@ def _plan(contract: Contract, example: Conversation, loss_on: LossOn | None = No
                 hint="Change these rows, or use another base model.",
             )
     return _Plan([whole[begin:end] for begin, end in pairwise(borders)], trained, marks)
-
-
-def _counted(answers: list[int], untrained: frozenset[int], loss_on: LossOn | None) -> list[int]:
-    """The turns whose tokens are trained by their place."""
-    if loss_on in (None, "all"):
-        return []
-    asked = answers[-1:] if loss_on == "completion" else answers
-    counted = [turn for turn in asked if turn not in untrained]
-    if asked and not counted:
-        message = "The last answer has weight 0, and loss_on completion trains no other."
-        raise BadRequest("nothing_trained", message, hint='Use loss_on "assistant", or leave the row out.')
-    return counted
 
 
 def _borders(tokenizer: Any, conversation: Conversation, turn: int, whole: str) -> tuple[int, int] | None:

@@ -74,6 +74,8 @@ def _check_kept(api: Api, made: dict[str, Any], content: bytes, expected: Good) 
     assert rows
     assert all(row["n_trained"] and row["ends_trained"] for row in rows)
     assert [row["line"] for row in rows] == sorted(row["line"] for row in rows)
+    conversations = api.client.get(f"{path}/conversations")
+    assert (conversations.status_code, conversations.content.count(b"\n")) == (200, expected.rows)
     assert api.client.delete(path).status_code == 200
 
 

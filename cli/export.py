@@ -9,12 +9,17 @@ import typer
 
 from cli import show
 from cli.connect import HOME, URL, Home, Key, Url, connected, console, fail
+from cli.tokens import say
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Take an adapter or a job to other tools.",
 )
+
+
+# How the head of a script says what gives its data.
+_COMMAND = "#   graft data "
 
 
 class Form(StrEnum):
@@ -45,9 +50,12 @@ def job(
         text = client.script(job_id, tool)
     if output is None:
         sys.stdout.write(text)
-    else:
-        output.write_text(text)
-        console.print(f"Written to {output}.")
+        return
+    output.write_text(text, encoding="utf-8")
+    say(console, f"Written to {output}. Its data:")
+    for line in text.splitlines():
+        if line.startswith(_COMMAND):
+            say(console, line.removeprefix("# "))
 
 
 @app.command()

@@ -153,7 +153,19 @@ def test_a_training_is_had_as_a_script(api: Api, tool: str, sign: str, kind: str
     assert answer.headers["content-type"].startswith(kind)
     assert sign in answer.text
     assert answer.text.startswith(f"# Job {job['id']} of Graft")
+    assert f"#   graft data conversations {job['dataset_id']} --model {job['model']} " in answer.text
     refused(api.stranger.get(f"/jobs/{job['id']}/script", params={"as": tool}), 404, "job_not_found")
+
+
+@only_sqlite
+@pytest.mark.parametrize(
+    ("text", "stage"), [("### Human: q{}### Assistant: a{}", "sft"), ("plain text {}", "pt")]
+)
+def test_texts_in_a_layout_are_conversations_to_a_script(api: Api, text: str, stage: str) -> None:
+    dataset_id = api.upload([{"text": text.format(i, i)} for i in range(3)]).json()["id"]
+    job = api.client.post("/jobs", json={"dataset_id": dataset_id}).json()
+    answer = api.client.get(f"/jobs/{job['id']}/script", params={"as": "llamafactory"})
+    assert f'stage: "{stage}"' in answer.text
 
 
 @only_sqlite

@@ -1,25 +1,32 @@
-"""A training as a script for another tool: its fields, and how it reads the data."""
+"""A training as a script for another tool: its fields, what it says, and the tokens that it trains."""
 
 import ast
-import csv
-import gzip
 import json
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from core.ml import contract, rendering
+from core import strict_json
+from core.errors import BadRequest
+from core.ml import contract, prompts, rendering
+from core.ml.catalogue import BaseModel
 from core.ml.export.scripts import written as scripts
 from core.ml.export.scripts.recipe import Data, Tool
-from core.ml.formats import validate
+from core.ml.formats.chat import plain, weights
 from core.ml.formats.chat.example import Conversation
 from core.ml.formats.validate import Reading
+from core.ml.prompts import Contract, Encoded, LossOn
+from core.ml.training import data
+from core.ml.training.config import Spec
+from core.ml.training.run import Run, Source
 from tests import tiny
+from tests.corpus import read
+from tests.corpus.case import answer, chat, user
+from tests.templates import FAMILIES, tokenizer
 
 SPEC: dict[str, Any] = {
     "seed": 7,
@@ -37,22 +44,21 @@ SPEC: dict[str, Any] = {
     },
     "validation": {"fraction": 0.1, "dataset_id": None},
 }
-PAIRS = Data("pairs.jsonl", "jsonl", "prompt_completion", None)
-CHATS = Data("chats.jsonl", "jsonl", "messages", None)
-TEXTS = Data("texts.jsonl", "jsonl", "text", None)
+CHATS = Data("ds_1", "chats.jsonl", False)
+TEXTS = Data("ds_1", "texts.jsonl", True)
 TOOLS: tuple[Tool, ...] = ("trl", "axolotl", "llamafactory")
 
 
-def written(tool: Tool, spec: dict[str, Any] = SPEC, data: Data = PAIRS) -> str:
+def written(tool: Tool, spec: dict[str, Any] = SPEC, data: Data = CHATS) -> str:
     return scripts.write(tool, "job_1", "org/model", spec, data)
 
 
-def loaded(tool: Tool, spec: dict[str, Any] = SPEC, data: Data = PAIRS) -> dict[str, Any]:
+def loaded(tool: Tool, spec: dict[str, Any] = SPEC, data: Data = CHATS) -> dict[str, Any]:
     read: dict[str, Any] = yaml.safe_load(written(tool, spec, data))
     return read
 
 
-def head(tool: Tool, spec: dict[str, Any] = SPEC, data: Data = PAIRS) -> str:
+def head(tool: Tool, spec: dict[str, Any] = SPEC, data: Data = CHATS) -> str:
     """The comment at the top."""
     return written(tool, spec, data).split("\n\n")[0]
 
@@ -72,7 +78,6 @@ def constants(text: str) -> dict[str, Any]:
         if isinstance(node, ast.Assign)
         and isinstance(node.targets[0], ast.Name)
         and node.targets[0].id.isupper()
-        if node.targets[0].id not in ("NAME", "PLACE")
     }
 
 
@@ -113,7 +118,6 @@ def test_trl_gets_the_same_run() -> None:
         ({"limits": {"max_seconds": 60}}, "limit of 60 seconds"),
         ({"continue_from": "ad_1"}, "ad_1"),
         ({"evaluation": {"every_steps": 5, "early_stopping": {}}}, "Early stopping"),
-        ({"training": {"overlength": "truncate"}}, "beginning of their prompt"),
         ({"training": {}}, "not been planned"),
     ],
 )
@@ -123,7 +127,8 @@ def test_what_a_tool_cannot_say_stands_at_the_top(change: dict[str, Any], words:
 
 
 def test_what_becomes_of_long_rows_is_said_of_each_tool() -> None:
-    assert "their end is cut off" in head("trl", training(overlength="drop"))
+    for overlength in ("error", "drop", "truncate"):
+        assert "long" not in head("trl", training(overlength=overlength))
     assert "their prompt and their answer are cut" in head("llamafactory", training(overlength="drop"))
     for strategy, overlength in (("raise", "error"), ("drop", "drop")):
         spec = training(overlength=overlength)
@@ -156,124 +161,57 @@ def test_a_warmup_of_unknown_steps_is_a_share_and_its_rounding_is_said() -> None
 
 def test_axolotl_reads_which_answers_are_trained() -> None:
     for loss_on in ("assistant", "completion"):
-        (entry,) = loaded("axolotl", training(loss_on=loss_on), CHATS)["datasets"]
+        (entry,) = loaded("axolotl", training(loss_on=loss_on))["datasets"]
         assert entry["roles_to_train"] == ["assistant"]
         assert (entry["message_field_training"], entry["train_on_eos"]) == ("weight", "turn")
-    (entry,) = loaded("axolotl", training(loss_on="all"), CHATS)["datasets"]
+    (entry,) = loaded("axolotl", training(loss_on="all"))["datasets"]
     assert "message_field_training" not in entry
-    assert "between the messages is not trained" in head("axolotl", training(loss_on="all"), CHATS)
+    assert "between the messages is not trained" in head("axolotl", training(loss_on="all"))
 
 
-TALK = {
-    "messages": [
-        {"role": "user", "content": "q1"},
-        {"role": "assistant", "content": "a1"},
-        {"role": "user", "content": "q2"},
-        {"role": "assistant", "content": "a2", "weight": 0},
-        {"role": "user", "content": "q3"},
-        {"role": "assistant", "content": "a3", "weight": 1},
-    ]
-}
-
-
-@pytest.mark.parametrize(
-    ("loss_on", "weights"), [("assistant", [None, 0, 1]), ("completion", [0, 0, 1]), ("all", [None, 0, 1])]
-)
-def test_rows_for_other_tools_have_weight_0_at_answers_that_are_not_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_on: str, weights: list[int | None]
-) -> None:
-    source, target = tmp_path / "rows.jsonl", tmp_path / "data.jsonl"
-    source.write_text(json.dumps(TALK) + "\n")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(source), "--write-messages", str(target)])
-    space(written("trl", training(loss_on=loss_on), CHATS))["main"]()
-    (row,) = map(json.loads, target.read_text().splitlines())
-    assert [turn.get("weight") for turn in row["messages"][1::2]] == weights
-    assert [turn["content"] for turn in row["messages"]] == ["q1", "a1", "q2", "a2", "q3", "a3"]
-
-
-@pytest.mark.parametrize(
-    ("data", "row"),
-    [
-        (
-            Data("rows", "jsonl", "sharegpt", None),
-            {
-                "conversations": [
-                    {"from": "human", "value": "q1"},
-                    {"from": "gpt", "value": "a1", "weight": 0},
-                    {"from": "human", "value": "q2"},
-                    {"from": "gpt", "value": "a2"},
-                ]
-            },
-        ),
-        (
-            Data("rows", "jsonl", "mapping", {"messages": "talk", "role": "who", "content": "said"}),
-            {
-                "talk": [
-                    {"who": "user", "said": "q1"},
-                    {"who": "assistant", "said": "a1", "weight": 0},
-                    {"who": "user", "said": "q2"},
-                    {"who": "assistant", "said": "a2"},
-                ]
-            },
-        ),
-        (
-            PAIRS,
-            {
-                "prompt": [
-                    {"role": "user", "content": "q1"},
-                    {"role": "assistant", "content": "a1"},
-                    {"role": "user", "content": "q2"},
-                ],
-                "completion": [{"role": "assistant", "content": "a2"}],
-            },
-        ),
-    ],
-)
-def test_the_script_trains_the_answers_that_graft_trains(data: Data, row: dict[str, Any]) -> None:
-    names = space(written("trl", data=data))
-    turns = names["example"](row)["messages"]
-    assert [turns[i]["content"] for i in names["trained"](turns)] == ["a2"]
-
-
-def test_no_turn_or_call_gets_what_only_others_have() -> None:
-    def called(name: str) -> list[dict[str, Any]]:
-        call = {"type": "function", "function": {"name": "f", "arguments": {name: 1}}}
-        return [TALK["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-
-    names = space(written("trl", data=CHATS))
-    names["Dataset"] = Dataset
-    rows = names["prepared"]([{"messages": called(name)} for name in "ab"] + [TALK]).to_list()
-    assert [row["prompt"] + row["completion"] for row in rows[:2]] == [called("a"), called("b")]
-
-
-def test_the_script_holds_back_whole_conversations() -> None:
-    names = space(written("trl", data=CHATS))
-    names["Dataset"] = Dataset
-    rows = [
-        {"messages": [turn | {"content": f"{i} {turn['content']}"} for turn in TALK["messages"]]}
-        for i in range(20)
-    ]
-    train, held = map(names["prepared"], names["divided"]([names["example"](row) for row in rows]))
-    assert (len(train), len(held)) == (36, 4)  # two answers of each are trained
-    of = [{row["completion"][0]["content"].split()[0] for row in part} for part in (train, held)]
-    assert not of[0] & of[1]
+def test_the_step_that_graft_keeps_is_said() -> None:
+    spec = SPEC | {"evaluation": {"every_steps": 5}}
+    for tool in TOOLS:
+        assert "keeps the step of the lowest validation loss" in head(tool, spec)
+        assert "lowest validation loss" not in head(tool) + head(tool, spec | {"validation": {}})
 
 
 def test_what_is_held_back_is_said() -> None:
-    for tool in TOOLS:
+    for tool in ("axolotl", "llamafactory"):
         assert "of rows with equal prompts some may be trained and others held back" in head(tool)
         assert "held back" not in head(tool, SPEC | {"validation": {}})
-    assert "--valid" in head("trl", SPEC | {"validation": {"dataset_id": "ds_1"}})
+    assert "held back" not in head("trl")
+
+
+def test_the_commands_that_give_the_data_stand_at_the_top() -> None:
+    spec = training(loss_on="completion") | {"validation": {"dataset_id": "ds_2"}}
+    given = "graft data conversations {} --model org/model --loss-on completion -o {}"
+    for tool in TOOLS:
+        lines = [line for line in head(tool, spec).splitlines() if "graft data" in line]
+        assert lines == [
+            f"#   {given.format('ds_1', 'data.jsonl')}",
+            f"#   {given.format('ds_2', 'valid.jsonl')}",
+        ]
+    found = constants(written("trl", spec))
+    assert (found["DATA"], found["VALID"]) == ("data.jsonl", "valid.jsonl")
+    assert loaded("axolotl", spec)["datasets"][0]["path"] == "data.jsonl"
+    assert loaded("axolotl", spec)["test_datasets"][0]["path"] == "valid.jsonl"
+    assert "deleted" in head("trl", data=Data("ds_1", None, False))
+
+
+def test_no_name_runs_a_command() -> None:
+    text = scripts.write("trl", "job_1", "$(touch pwned)", SPEC, Data("ds_1", "$(touch pwned).jsonl", False))
+    (command,) = (line for line in text.splitlines() if line.startswith("#   graft"))
+    assert shlex.split(command)[4:8] == ["ds_1", "--model", "$(touch pwned)", "--loss-on"]
+    assert "'$(touch pwned)'" in command
 
 
 def test_what_llamafactory_does_not_read_is_said() -> None:
-    found = head("llamafactory", data=CHATS)
+    found = head("llamafactory")
     assert "Answers with weight 0 are trained" in found
-    assert "Tools and calls are not read" in found
-    assert "Answers with weight" not in head("llamafactory", training(loss_on="all"), CHATS)
-    alpaca = Data("rows.jsonl", "jsonl", "alpaca", None)  # a form that has neither
-    assert "Answers with weight" not in head("llamafactory", data=alpaca)
-    assert "Tools and calls" not in head("llamafactory", data=alpaca)
+    assert "tools and calls, which are not read" in found
+    for loss_on in ("all", "completion"):  # it can say both
+        assert "Answers with weight" not in head("llamafactory", training(loss_on=loss_on))
 
 
 def test_llamafactory_is_asked_for_texts_as_it_takes_them() -> None:
@@ -309,88 +247,106 @@ def test_what_tools_of_yaml_do_without_a_template_is_said() -> None:
 
 def test_no_name_ends_a_comment_or_a_string() -> None:
     evil = 'a"\n\nimport os\nos.system("x") #'
-    data = Data(evil, "jsonl", "mapping", {"prompt": evil + "{q}", "completion": "{a}"})
+    data = Data("ds_1", evil, False)
     text = scripts.write("trl", "job_1", evil, SPEC, data)
-    assert constants(text)["DATA"] == constants(text)["MODEL"] == evil
-    assert "import os\n" not in text
+    assert constants(text)["MODEL"] == evil
+    assert "\nos.system" not in text
     assert yaml.safe_load(scripts.write("axolotl", "job_1", evil, SPEC, data))["base_model"] == evil
 
 
-FORMATS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any]]] = {
-    "messages": (
-        "messages",
-        None,
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-    ),
-    "pairs": ("prompt_completion", None, {"prompt": "q", "completion": "a"}),
-    "alpaca": ("alpaca", None, {"instruction": "do", "input": "this", "output": "a"}),
-    "alpaca without input": ("alpaca", None, {"instruction": "do", "input": "<noinput>", "output": "a"}),
-    "sharegpt": (
-        "sharegpt",
-        None,
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-    ),
-    "turns": (
-        "mapping",
-        {
-            "messages": [
-                {"role": "system", "content": "Use {{x}} and {{{t}}}."},
-                {"role": "user", "content": "{q}: {t}"},
-                {"role": "assistant", "content": "{a}"},
-            ]
-        },
-        {"q": "q", "t": "CREATE TABLE {t}", "a": "a"},
-    ),
-    "parts": ("mapping", {"prompt": "{q}?", "completion": "{a}"}, {"q": "q", "a": "a"}),
-    "column": (
-        "mapping",
-        {
-            "messages": "talk",
-            "role": "who",
-            "content": "said",
-            "roles": {"client": "user", "agent": "assistant"},
-        },
-        {"talk": [{"who": "client", "said": "q"}, {"who": "agent", "said": "a"}]},
-    ),
-    "text": ("mapping", {"text": "{body}."}, {"body": "b"}),
-}
+@pytest.fixture(scope="module", params=["chatml", "qwen", "gemma", "llama2", "llama3", "mistral"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Contract:
+    """Templates that write tools themselves or not at all, that trim, and tokenizers that put a space first."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    tokenizer(FAMILIES[request.param]).save_pretrained(folder)
+    return contract.load(folder)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_script_reads_rows_as_graft_does(tmp_path: Path, name: str, packed: bool) -> None:
-    kind, mapping, row = FORMATS[name]
-    line = (json.dumps(row) + "\n").encode()
-    file = tmp_path / "rows"
-    file.write_bytes(gzip.compress(line) if packed else line)
-    with file.open("rb") as source:
-        ((_, expected),) = validate.conversations(source, Reading("jsonl", packed, kind, mapping))  # type: ignore[arg-type]
-    code = written("trl", data=Data("rows", "jsonl.gz" if packed else "jsonl", kind, mapping))
-    found = run_reader(code, file)
-    if isinstance(expected, Conversation):
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in expected.turns]
-        assert found[0]["messages"] == turns
-    else:
-        assert found == [{"text": expected}]
+def rows_for(base: Contract, loss_on: LossOn, file: Path) -> list[Encoded]:
+    """Rows of all formats as Graft writes them for this base, and the tokens that it trains of them."""
+    expected, lines = [], []
+    for _, examples in read.first_examples():
+        for example in examples:
+            try:
+                encoded = prompts.encode(base, example, loss_on=loss_on)
+            except BadRequest:
+                continue  # this template refuses it
+            trained = weights.weighted(example, loss_on)
+            if isinstance(trained, Conversation):
+                trained = rendering.written(trained, base.styles)
+            row = plain.row_of(trained)
+            if not base.control.search(strict_json.dumps(row)):  # it is said that these are otherwise
+                lines.append(strict_json.dumps(row) + "\n")
+                expected.append(encoded)
+    file.write_text("".join(lines))
+    return expected
 
 
-def test_the_script_reads_tables(tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
-    with file.open("w", newline="") as target:
-        csv.writer(target).writerows([["prompt", "completion"], ["q, with a comma", "a\nb"]])
-    code = written("trl", data=Data("rows.csv", "csv", "prompt_completion", None))
-    assert [turn["content"] for turn in run_reader(code, file)[0]["messages"]] == ["q, with a comma", "a\nb"]
+@pytest.mark.parametrize("loss_on", ["auto", "completion", "all"])
+def test_the_script_trains_the_tokens_that_graft_trains(
+    base: Contract, tmp_path: Path, loss_on: LossOn
+) -> None:
+    file = tmp_path / "data.jsonl"
+    expected = rows_for(base, loss_on, file)
+    names = space(written("trl", training(loss_on=loss_on)))
+    found = [names["encoded"](base.tokenizer, row) for row in names["rows"](file)]
+    assert len(found) == len(expected) > 50
+    for (ids, labels, prompt), row in zip(found, expected, strict=True):
+        assert ids == row.ids
+        assert labels == labels_of(row)
+        assert prompt == row.prompt
 
 
-def run_reader(code: str, file: Path) -> list[dict[str, Any]]:
-    """The script's own functions up to the examples, without its libraries."""
-    names = space(code)
-    return [names["example"](row) for row in names["rows"](str(file))]
+@pytest.mark.parametrize("overlength", ["error", "drop", "truncate"])
+def test_the_script_does_with_long_rows_what_graft_does(
+    base: Contract, tmp_path: Path, overlength: str
+) -> None:
+    expected = rows_for(base, "auto", tmp_path / "data.jsonl")
+    limit = max(len(row.ids) for row in expected) // 4
+    names = space(written("trl", training(overlength=overlength, max_length=limit)))
+    for row in expected:
+        cut = prompts.truncated(base, row, limit) if overlength == "truncate" else row
+        if len(row.ids) > limit and (overlength == "error" or cut is None):
+            with pytest.raises(SystemExit, match="tokens"):
+                names["fitted"](base.tokenizer, row.ids, labels_of(row))
+            continue
+        found = names["fitted"](base.tokenizer, row.ids, labels_of(row))
+        if len(row.ids) > limit and overlength == "drop":
+            assert found is None
+        else:
+            assert cut is not None
+            assert found == (cut.ids, labels_of(cut))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.99])
+def test_the_script_holds_back_the_rows_that_graft_holds_back(
+    tiny_model: Path, tmp_path: Path, fraction: float
+) -> None:
+    file = tmp_path / "data.jsonl"
+    talks = [chat(user(f"question {i % 20}?"), answer(f"answer {i}.")) for i in range(40)]
+    file.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    spec = training(max_steps=1) | {"validation": {"fraction": fraction}}
+    tiny_base = BaseModel(tiny.NAME, "folder", tiny_model, tmp_path, tiny.NAME)
+    kept = Spec.model_validate({name: part for name, part in spec.items() if name != "validation"})
+    source = Source(file, Reading("jsonl", False, "messages", None))
+    run = Run(tiny_base, kept, source, None, fraction, tmp_path)
+    expected = data.rows_of(run, contract.load(tiny_model), context=512)
+    names = space(written("trl", spec))
+    train, held = names["divided"](names["tokenised"](tiny.tokenizer(), file))
+    assert [one["input_ids"] for one in train] == [one["input_ids"] for one in expected.train_examples]
+    assert [one["labels"] for one in held] == [one["labels"] for one in expected.valid_examples]
+    assert held
+
+
+def labels_of(row: Encoded) -> list[int]:
+    return [token if trained else -100 for token, trained in zip(row.ids, row.trained, strict=True)]
+
+
+LIBRARIES = ("import torch", "from datasets ", "from peft ", "from transformers ", "from trl ")
 
 
 def space(code: str) -> dict[str, Any]:
     """The script's own names, without its libraries."""
-    kept = [line for line in code.splitlines() if not line.startswith(("import torch", "from "))]
     names: dict[str, Any] = {"__name__": "script"}
-    exec("\n".join(kept), names)
+    exec("\n".join(line for line in code.splitlines() if not line.startswith(LIBRARIES)), names)
     return names

@@ -68,6 +68,32 @@ def test_a_text_in_a_layout_is_told_with_what_else_it_could_be(service: Service,
     assert f"{OPENED}good day<|im_end|>↵{CLOSED}" in graft(service, "show", str(file)).stdout
 
 
+def test_a_script_for_another_tool_names_the_command_that_gives_its_data(
+    service: Service, tmp_path: Path
+) -> None:
+    file, script, data = (tmp_path / name for name in ("$(touch pwned).jsonl", "train.py", "data.jsonl"))
+    pairs(file, ("how?", "like that"), ("why?", "so"))
+    with service.client() as client:
+        job = client.create_job({"dataset_id": client.upload(file)["id"], "training": {"max_steps": 1}})
+        client.cancel(job["id"])
+        asked = ["export", "job", job["id"], "--as", "trl", "-o", str(script), "--url", service.url]
+        environment = service.environment | {"GRAFT_CLIENT_KEY": service.key}
+        told = subprocess.run(
+            [str(GRAFT), *asked], capture_output=True, text=True, env=environment, check=True
+        )
+        (command,) = [line for line in told.stdout.splitlines() if "graft data" in line]
+        assert command.strip() in script.read_text()
+        _graft, _data, *words = shlex.split(command)
+        done = graft(service, *words[:-1], str(data))
+        again = graft(service, *words[:-1], str(data))
+    assert (done.returncode, done.stdout) == (0, f"Written to {data}.\n")
+    (first, _) = map(json.loads, data.read_text().splitlines())
+    assert [turn["content"] for turn in first["messages"]] == ["how?", "like that"]
+    assert again.returncode == 2
+    assert "is not overwritten" in again.stderr
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name or path.name == "pwned"] == []
+
+
 def test_each_error_is_a_line_and_the_repair_is_shown_and_written(service: Service, tmp_path: Path) -> None:
     file, out = tmp_path / "broken.jsonl", tmp_path / "mended.jsonl"
     file.write_text(BROKEN)

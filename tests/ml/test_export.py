@@ -1,6 +1,7 @@
 """Exports themselves: merged weights, GGUF files, the Modelfile's template, and the script for TRL."""
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,21 +22,34 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+from trl import SFTTrainer
 
+from core import strict_json
 from core.errors import GraftError
-from core.ml import base_model, contract, prompts
+from core.ml import base_model, contract, prompts, rendering
 from core.ml.catalogue import BaseModel
 from core.ml.export import files, merge, parity
 from core.ml.export.gguf import convert, ollama, vocabulary
 from core.ml.export.run import Export
 from core.ml.export.scripts import written as scripts
 from core.ml.export.scripts.recipe import Data
+from core.ml.formats.chat import plain, weights
+from core.ml.formats.chat.example import Conversation
 from core.ml.formats.validate import Reading
+from core.ml.prompts import LossOn
 from core.ml.quantization import Quantization
 from core.ml.training.run import Source
 from tests import tiny
+from tests.corpus import read
+from tests.corpus.case import answer, chat, user
 from tests.templates import FAMILIES, tokenizer
 
+# Files of the corpus whose rows the script for TRL is compared on: one of each form.
+TRAINED = (
+    *("begins with the assistant", "text parts", "messages in a string", "tool call", "tools in a string"),
+    *("weights", "conversational", "alpaca", "sharegpt", "layout guanaco", "semicolon", "parquet"),
+    *("a system beside mapped messages", "other names with a mapping"),
+)
 SIZES = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -363,24 +377,25 @@ def test_go_that_is_not_known_is_an_error(template: str) -> None:
         ollama.render(template, [{"role": "user", "content": "a"}])
 
 
+def script_of(folder: Path, loss_on: str, **spec: Any) -> Path:
+    training = {"max_steps": 2, "batch_size": 2, "effective_batch_size": 4, "max_length": 512}
+    kept = {
+        "quantization": {"bits": 16, "compute_dtype": "float32"},
+        "training": training | {"loss_on": loss_on},
+    }
+    script = folder / "train.py"
+    script.write_text(
+        scripts.write("trl", "job_1", tiny.NAME, kept | spec, Data("ds_1", "rows.jsonl", False))
+    )
+    return script
+
+
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
 def test_the_script_for_trl_trains(base: BaseModel, tmp_path: Path, loss_on: str) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"question": f"q {i}", "answer": f"a {i}"}) + "\n" for i in range(8)))
-    mapping = {
-        "messages": [
-            {"role": "user", "content": "{question}"},
-            {"role": "assistant", "content": "{answer}"},
-        ]
-    }
-    spec = {
-        "quantization": {"bits": 16, "compute_dtype": "float32"},
-        "training": {"max_steps": 2, "batch_size": 2, "effective_batch_size": 4, "loss_on": loss_on},
-        "validation": {"fraction": 0.25},
-    }
-    data = Data("rows.jsonl", "jsonl", "mapping", mapping)
-    script = tmp_path / "train.py"
-    script.write_text(scripts.write("trl", "job_1", tiny.NAME, spec, data))
+    rows = tmp_path / "data.jsonl"
+    talks = (chat(user(f"q {i}"), answer(f"a {i}")) for i in range(8))
+    rows.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    script = script_of(tmp_path, loss_on, validation={"fraction": 0.25})
     ran = subprocess.run(
         [sys.executable, script, "--data", rows, "--model", base.path, "--output", tmp_path / "out"],
         capture_output=True,
@@ -393,3 +408,38 @@ def test_the_script_for_trl_trains(base: BaseModel, tmp_path: Path, loss_on: str
         for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items()
         if "lora_B" in name
     )
+
+
+@pytest.mark.parametrize("loss_on", ["auto", "completion", "all"])
+def test_the_script_for_trl_trains_one_example_a_row_with_the_tokens_of_the_preview(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_on: LossOn
+) -> None:
+    base_contract = contract.load(base.path)
+    examples: list[Conversation] = []
+    for name, some in read.first_examples():
+        if name in TRAINED:
+            examples += [example for example in some if isinstance(example, Conversation)]
+    rows = tmp_path / "data.jsonl"
+    written = (
+        plain.row_of(rendering.written(weights.weighted(example, loss_on), base_contract.styles))  # type: ignore[arg-type]
+        for example in examples
+    )
+    rows.write_text("".join(strict_json.dumps(row) + "\n" for row in written))
+    script = runpy.run_path(str(script_of(tmp_path, loss_on)))
+    prepared = []
+
+    class Watched(SFTTrainer):  # type: ignore[misc]
+        def train(self) -> None:
+            prepared.extend(self.train_dataset.to_list())
+
+    script["main"].__globals__["SFTTrainer"] = Watched
+    words = ["--data", rows, "--model", base.path, "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    script["main"]()
+    expected = [prompts.encode(base_contract, example, loss_on=loss_on) for example in examples]
+    assert len(expected) > 10
+    assert [row["input_ids"] for row in prepared] == [row.ids for row in expected]
+    assert [row["labels"] for row in prepared] == [
+        [token if trained else -100 for token, trained in zip(row.ids, row.trained, strict=True)]
+        for row in expected
+    ]

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from core.ml.export.scripts.recipe import Data, Plan
+from core.ml.export.scripts.recipe import DATA_FILE, VALID_FILE, Data, Plan
 
 
 def text(lines: dict[str, Any]) -> str:
@@ -24,7 +24,7 @@ def axolotl(plan: Plan, data: Data) -> dict[str, Any]:
         "peft_use_rslora": lora.use_rslora,
         "peft_use_dora": lora.use_dora,
         "peft_init_lora_weights": True if lora.init == "default" else lora.init,
-        "datasets": [_axolotl_set("data.jsonl", data, training.loss_on)],
+        "datasets": [_axolotl_set(DATA_FILE, data, training.loss_on)],
         "sequence_len": plan.max_length,
         "excess_length_strategy": {"error": "raise"}.get(training.overlength, training.overlength),
         "sample_packing": plan.packing,
@@ -61,7 +61,7 @@ def axolotl(plan: Plan, data: Data) -> dict[str, Any]:
     optional = {
         "neftune_noise_alpha": training.neftune_alpha,
         "val_set_size": plan.fraction,
-        "test_datasets": [_axolotl_set("valid.jsonl", data, training.loss_on)] if plan.second_set else None,
+        "test_datasets": [_axolotl_set(VALID_FILE, data, training.loss_on)] if plan.valid_id else None,
         "eval_steps": plan.eval_steps,
         "save_steps": plan.save_steps,
         "lora_model_dir": "./start" if spec.continue_from else None,
@@ -142,7 +142,7 @@ def llamafactory(plan: Plan, data: Data) -> dict[str, Any]:
     optional = {
         "neftune_noise_alpha": training.neftune_alpha,
         "val_size": plan.fraction,
-        "eval_dataset": "valid" if plan.second_set else None,
+        "eval_dataset": "valid" if plan.valid_id else None,
         "eval_strategy": evaluated,
         "eval_steps": plan.eval_steps,
         "save_steps": plan.save_steps,
@@ -166,8 +166,8 @@ def dataset_info(plan: Plan, data: Data) -> dict[str, Any]:
     }
     if data.is_text:
         form = {"columns": {"prompt": "text"}}
-    names = ["data", "valid"] if plan.second_set else ["data"]
-    return {name: {"file_name": f"{name}.jsonl"} | form for name in names}
+    files = {"data": DATA_FILE} | ({"valid": VALID_FILE} if plan.valid_id else {})
+    return {name: {"file_name": file} | form for name, file in files.items()}
 
 
 def _yaml(value: Any) -> str:

@@ -15,67 +15,49 @@ _TOO_LONG = {
     "truncate": "Graft cuts long rows at the beginning of their prompt, never in the answer",
 }
 _ROUNDED_UP = "The warmup is a share of the steps: Graft rounds it down to whole steps, this tool up."
+_HELD_BACK = (
+    "Graft holds back rows with equal prompts together; here other rows are held back, and of rows "
+    "with equal prompts some may be trained and others held back."
+)
 
 
 def of(tool: Tool, plan: Plan, data: Data) -> list[str]:
     own = {"trl": _trl, "axolotl": _axolotl, "llamafactory": _llamafactory}[tool]
-    return _shared(plan, data) + own(plan, data)
+    return _shared(plan) + own(plan, data)
 
 
-def _shared(plan: Plan, data: Data) -> list[str]:
+def _shared(plan: Plan) -> list[str]:
     """What all three tools do otherwise."""
     spec, training = plan.spec, plan.spec.training
     notes = [
         "Graft keeps LoRA weights in float32 while it trains; this tool may not.",
         "Rows are shuffled in another order, so losses are near to Graft's, not equal.",
+        "A control token of the model that somebody wrote into a text is a token here; in Graft it stays text.",
     ]
     if training.max_length == "auto":
         notes.append(f"The job has not been planned yet: {plan.max_length} tokens stand for max_length auto.")
-    if plan.fraction:
-        notes.append(
-            "Graft holds back rows with equal prompts together; here other rows are held back, and of rows "
-            "with equal prompts some may be trained and others held back."
-        )
     if spec.evaluation.early_stopping:
-        notes.append("Early stopping and keeping the best checkpoint are left out.")
+        notes.append("Early stopping is left out.")
+    if spec.evaluation.every_steps and (plan.fraction or plan.valid_id):
+        notes.append(
+            "Graft keeps the step of the lowest validation loss, as it evaluates while it trains; here the last step is kept."
+        )
     if spec.limits.max_seconds:
         notes.append(f"The limit of {spec.limits.max_seconds} seconds is left out.")
     if spec.continue_from:
         notes.append(
             f"It continues from adapter {json.dumps(spec.continue_from)}: download and unpack it to ./start."
         )
-    if data.format == "mapping" and "layout" in (data.mapping or {}):
-        notes.append(
-            "The texts are conversations in a layout that only Graft reads: here whole texts are trained."
-        )
-    if not data.is_text:
-        notes.append(
-            "System messages and tools that the model's chat template does not write, Graft puts into the "
-            "texts; this tool does not."
-        )
     return notes
 
 
-def _trl(plan: Plan, data: Data) -> list[str]:
-    training = plan.spec.training
-    notes = [f"{_TOO_LONG[training.overlength]}; here their end is cut off."]
-    if plan.warmup_steps is None:
-        notes.append(_ROUNDED_UP)
-    if not data.is_text and training.loss_on in ("auto", "assistant"):
-        notes.append(
-            "Each answer is a row of its own here: a conversation with several answers counts as several rows."
-        )
-    if plan.second_set:
-        notes.append(
-            "The validation rows are a data set of their own: give its file with --valid. It is read as "
-            "the training rows are."
-        )
-    return notes
+def _trl(plan: Plan, _data: Data) -> list[str]:
+    return [_ROUNDED_UP] if plan.warmup_steps is None else []
 
 
 def _axolotl(plan: Plan, data: Data) -> list[str]:
     training = plan.spec.training
-    notes = _made(plan, data)
+    notes = [_HELD_BACK] if plan.fraction else []
     if plan.warmup_steps in (None, 1):
         notes.append("A warmup of one step becomes one of two steps.")
     if data.is_text:
@@ -97,10 +79,9 @@ def _axolotl(plan: Plan, data: Data) -> list[str]:
 
 def _llamafactory(plan: Plan, data: Data) -> list[str]:
     spec, training = plan.spec, plan.spec.training
-    notes = [
-        *_made(plan, data),
-        f"dataset_info.json beside it: {json.dumps(configurations.dataset_info(plan, data))}",
-    ]
+    notes = [f"dataset_info.json beside it: {json.dumps(configurations.dataset_info(plan, data))}"]
+    if plan.fraction:
+        notes.append(_HELD_BACK)
     if plan.warmup_steps is None:
         notes.append(_ROUNDED_UP)
     if spec.lora.init == "gaussian":
@@ -110,28 +91,16 @@ def _llamafactory(plan: Plan, data: Data) -> list[str]:
     if data.is_text:
         cut = "texts are joined and cut into pieces" if plan.packing else "their end is cut off"
         return [*notes, f"{_TOO_LONG[training.overlength]}; here {cut}."]
-    notes += [
+    if training.loss_on in ("auto", "assistant"):
+        notes.append("Answers with weight 0 are trained, too: it knows no weights.")
+    return [
+        *notes,
         f"{_TOO_LONG[training.overlength]}; here both their prompt and their answer are cut.",
         "No template is named: it is read from the tokenizer's chat template.",
         "Where the tokenizer has none, Graft marks the turns (### User:, ### Assistant:); here the texts "
         "stand without marks.",
+        "Where the chat template writes tools, they stand in the data as tools and calls, which are not read: a call "
+        "is trained as the text beside it, even an empty one. Leave such rows out.",
+        "Conversations are skipped that have results of tools, or in which user and assistant do not "
+        "take turns.",
     ]
-    if data.is_list:
-        if training.loss_on != "all":
-            notes.append("Answers with weight 0 are trained, too: it knows no weights.")
-        notes += [
-            "Tools and calls are not read: a call is trained as the text beside it, even an empty one. "
-            "Leave such rows out.",
-            "Conversations are skipped that have results of tools, or in which user and assistant do not "
-            "take turns.",
-        ]
-    return notes
-
-
-def _made(plan: Plan, data: Data) -> list[str]:
-    """How the rows get into the form that tools of YAML read."""
-    made = f"graft export job {plan.job_id} --as trl > train.py, then: python train.py --data {json.dumps(data.filename)} --write-messages"
-    notes = [f"The data in this tool's form is made by: {made} data.jsonl"]
-    if plan.second_set:
-        notes.append("So are the validation rows, from their own file: the same with valid.jsonl.")
-    return notes

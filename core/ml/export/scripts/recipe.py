@@ -1,44 +1,34 @@
 """What a script for another tool is written from. No torch."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from core.ml.training.config import Spec
 
 Tool = Literal["trl", "axolotl", "llamafactory"]
 
+# What the data, and validation rows of their own, are called beside the script.
+DATA_FILE, VALID_FILE = "data.jsonl", "valid.jsonl"
+
 
 @dataclass(frozen=True)
 class Data:
-    """The job's data set: the name of its file, how that is read, and its format."""
+    """The job's data set: its id, the name of its file (None: it is deleted), and whether its rows are plain texts."""
 
-    filename: str
-    file_type: str
-    format: str
-    mapping: dict[str, Any] | None
-
-    @property
-    def is_text(self) -> bool:
-        """Whether its rows are plain texts without turns."""
-        return self.format == "text" or "text" in (self.mapping or {})
-
-    @property
-    def is_list(self) -> bool:
-        """Whether its rows may hold lists of messages, which may have weights and calls of tools."""
-        if self.mapping is not None:
-            return isinstance(self.mapping.get("messages"), str)
-        return self.format in ("messages", "sharegpt", "prompt_completion")
+    dataset_id: str
+    filename: str | None
+    is_text: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A job's spec with nothing left open, and its validation."""
+    """A job's spec with nothing left open, and its validation: a share of the rows, or a data set of its own."""
 
     job_id: str
     model: str
     spec: Spec
     fraction: float | None
-    second_set: bool
+    valid_id: str | None
     batch_size: int
     max_length: int
     optimizer: str

@@ -4,11 +4,12 @@ What the tool cannot express, or does differently, is said in a comment at the t
 """
 
 import json
+import shlex
 from typing import Any
 
 from core.ml.export.scripts import configurations, notes
 from core.ml.export.scripts import trl as trl_script
-from core.ml.export.scripts.recipe import Data, Plan, Tool
+from core.ml.export.scripts.recipe import DATA_FILE, VALID_FILE, Data, Plan, Tool
 from core.ml.training.config import Spec
 from core.ml.training.spec import support
 
@@ -21,7 +22,7 @@ def write(tool: Tool, job_id: str, model: str, spec: dict[str, Any], data: Data)
     plan = _plan(job_id, model, spec)
     head = _head(plan, data, notes.of(tool, plan, data))
     if tool == "trl":
-        return trl_script.text(head, _trl(plan), data)
+        return trl_script.text(head, _trl(plan))
     lines = (
         configurations.axolotl(plan, data) if tool == "axolotl" else configurations.llamafactory(plan, data)
     )
@@ -38,7 +39,7 @@ def _plan(job_id: str, model: str, kept: dict[str, Any]) -> Plan:
         model,
         spec,
         validation.get("fraction"),
-        bool(validation.get("dataset_id")),
+        validation.get("dataset_id"),
         batch_size=1 if size == "auto" else size,
         max_length=_AUTO_LENGTH if training.max_length == "auto" else training.max_length,
         optimizer=support.LIBRARY_NAMES["adamw" if training.optimizer == "auto" else training.optimizer],
@@ -51,10 +52,22 @@ def _plan(job_id: str, model: str, kept: dict[str, Any]) -> Plan:
 
 
 def _head(plan: Plan, data: Data, said: list[str]) -> str:
-    """The comment at the top. What people wrote stands in JSON there, so that it cannot end a line."""
-    lines = [f"Job {plan.job_id} of Graft: {json.dumps(plan.model)} on {json.dumps(data.filename)}."]
-    lines += [f"- {note}" for note in said]
-    return "".join(f"# {line}\n" for line in lines)
+    """The comment at the top: how the data is had, and what is otherwise. Nothing that people wrote ends a line of it."""
+    rows = "a data set that is deleted" if data.filename is None else json.dumps(data.filename)
+    lines = [
+        f"Job {plan.job_id} of Graft: {json.dumps(plan.model)} on {rows}.",
+        "The data, as Graft trains it:",
+        f"  {_command(plan, data.dataset_id, DATA_FILE)}",
+    ]
+    if plan.valid_id is not None:
+        lines.append(f"  {_command(plan, plan.valid_id, VALID_FILE)}")
+    lines += ["What is otherwise than in Graft:", *(f"- {note}" for note in said)]
+    return "".join(f"# {' '.join(line.splitlines())}\n" for line in lines)
+
+
+def _command(plan: Plan, dataset_id: str, file: str) -> str:
+    words = ["--model", plan.model, "--loss-on", plan.spec.training.loss_on, "-o", file]
+    return shlex.join(["graft", "data", "conversations", dataset_id, *words])
 
 
 def _trl(plan: Plan) -> trl_script.Settings:
@@ -68,7 +81,8 @@ def _trl(plan: Plan) -> trl_script.Settings:
             "bnb_4bit_use_double_quant": spec.quantization.double_quant,
             "bnb_4bit_compute_dtype": plan.dtype,
         }
-    evaluated = plan.fraction is not None or plan.second_set
+    second_set = plan.valid_id is not None
+    evaluated = plan.fraction is not None or second_set
     return trl_script.Settings(
         model=plan.model,
         dtype=plan.dtype,
@@ -85,7 +99,9 @@ def _trl(plan: Plan) -> trl_script.Settings:
         },
         start="start" if spec.continue_from else None,
         fraction=plan.fraction,
-        loss_on=training.loss_on,
+        second_set=second_set,
+        loss_on_all=training.loss_on == "all",
+        overlength=training.overlength,
         training={
             "seed": spec.seed,
             "max_steps": training.max_steps or -1,

@@ -210,6 +210,7 @@ def test_what_llamafactory_does_not_read_is_said() -> None:
     found = head("llamafactory")
     assert "Answers with weight 0 are trained" in found
     assert "tools and calls, which are not read" in found
+    assert "that end with a question" in found
     for loss_on in ("all", "completion"):  # it can say both
         assert "Answers with weight" not in head("llamafactory", training(loss_on=loss_on))
 

@@ -100,7 +100,8 @@ def _llamafactory(plan: Plan, data: Data) -> list[str]:
         "Where the tokenizer has none, Graft marks the turns (### User:, ### Assistant:); here the texts "
         "stand without marks.",
         "Where the chat template writes tools, they stand in the data as tools and calls, which are not read: a call "
-        "is trained as the text beside it, even an empty one. Leave such rows out.",
-        "Conversations are skipped that have results of tools, or in which user and assistant do not "
-        "take turns.",
+        "is trained as the text beside it, even an empty one, and tools of unlike fields may not load. Leave such rows "
+        "out.",
+        "Conversations are skipped that have results of tools, that end with a question, or in which user and "
+        "assistant do not take turns.",
     ]

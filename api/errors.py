@@ -37,10 +37,10 @@ _ELSEWHERE = {
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def render(error: GraftError, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The response for an error; a conflict of states is not worth a retry."""
+def body(error: GraftError) -> dict[str, Any]:
+    """What a client is told of an error, in a response, in a stream or beside other answers."""
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    body: dict[str, Any] = {
+    told: dict[str, Any] = {
         "message": error.message,
         "type": kind,
         "code": error.code,
@@ -49,7 +49,12 @@ def render(error: GraftError, headers: dict[str, str] | None = None) -> JSONResp
         "request_id": log.request_id.get(),
     }
     if error.errors is not None:
-        body |= {"errors": error.errors, "error_count": error.error_count or len(error.errors)}
+        told |= {"errors": error.errors, "error_count": error.error_count or len(error.errors)}
+    return told
+
+
+def render(error: GraftError, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The response for an error; a conflict of states is not worth a retry."""
     headers = dict(headers or {})
     if error.status == 409:
         headers["x-should-retry"] = "false"
@@ -57,7 +62,7 @@ def render(error: GraftError, headers: dict[str, str] | None = None) -> JSONResp
         headers["www-authenticate"] = "Bearer"
     if error.status in (429, 503):
         headers.setdefault("retry-after", "5")
-    return JSONResponse({"error": body}, error.status, headers)
+    return JSONResponse({"error": body(error)}, error.status, headers)
 
 
 def install(app: FastAPI) -> None:
@@ -127,8 +132,8 @@ def unexpected(error: Exception) -> GraftError:
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     """422 with every problem's place. What was sent is never sent back: it may be secret or not JSON."""
     assert isinstance(error, RequestValidationError)
-    body = getattr(request.scope.get("route"), "body_field", None)
-    model = body.field_info.annotation if body is not None else None
+    field = getattr(request.scope.get("route"), "body_field", None)
+    model = field.field_info.annotation if field is not None else None
     found: dict[str, dict[str, Any]] = {}
     for item in error.errors():
         problem = _problem(item, model)
@@ -139,9 +144,9 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
             found[problem["field"]] = problem
     problems = [
         {k: v for k, v in problem.items() if k != "text"}
-        for field, problem in found.items()
+        for place, problem in found.items()
         # The branch of a union that understood more of the value tells more than the others.
-        if not any(other.startswith(f"{field}.") for other in found)
+        if not any(other.startswith(f"{place}.") for other in found)
     ]
     first = problems[0]
     return _graft_error(

@@ -10,6 +10,7 @@ from ulid import ULID
 
 from api.deps import CallerDep, Services, ServicesDep
 from api.openai import wire
+from api.openai.logprobs import of_chat
 from api.openai.schemas import ChatRequest
 from api.requests import StrictRoute
 from api.serving import models, prompt
@@ -82,7 +83,7 @@ def _choice(body: ChatRequest, served: Served, choice: dict[str, Any]) -> dict[s
         "index": choice["index"],
         "message": message,
         "finish_reason": _reason(choice["finish_reason"], bool(calls)),
-        "logprobs": wire.chat_logprobs(served.contract.tokenizer, choice.get("logprobs")),
+        "logprobs": of_chat(served.contract.tokenizer, choice.get("logprobs")),
     }
 
 
@@ -106,7 +107,7 @@ async def _chunks(
         for choice in part["choices"]:
             index, reason = choice["index"], choice.get("finish_reason")
             delta = written[index].delta(choice.get("text") or "", last=reason is not None)
-            logprobs = wire.chat_logprobs(served.contract.tokenizer, choice.get("logprobs"))
+            logprobs = of_chat(served.contract.tokenizer, choice.get("logprobs"))
             if delta or (logprobs and logprobs["content"]):
                 yield chunk(index, delta, logprobs=logprobs)
             if reason is not None:

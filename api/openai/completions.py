@@ -11,6 +11,7 @@ from ulid import ULID
 
 from api.deps import CallerDep, Services, ServicesDep
 from api.openai import wire
+from api.openai.logprobs import OfCompletion
 from api.openai.schemas import CompletionRequest
 from api.requests import StrictRoute
 from api.serving import models, prompt
@@ -61,7 +62,7 @@ async def completions(
     said = [choice for answer in answers for choice in answer["choices"]]
     # The log probabilities of a long answer take time that the streams of others must not wait for.
     choices = await run_in_threadpool(
-        lambda: [_choice(served, choice, index, 0) for index, choice in enumerate(said)]
+        lambda: [_Written(served).choice(choice, index) for index, choice in enumerate(said)]
     )
     return {
         **head,
@@ -82,27 +83,33 @@ def _prepare(body: CompletionRequest, services: Services, project_id: str) -> tu
     return served, found
 
 
-def _choice(served: Served, choice: dict[str, Any], index: int, offset: int) -> dict[str, Any]:
-    tokenizer = served.contract.tokenizer
-    return {
-        "index": index,
-        "text": choice["text"],
-        "finish_reason": choice.get("finish_reason"),
-        "logprobs": wire.completion_logprobs(tokenizer, choice.get("logprobs"), offset),
-    }
-
-
 async def _chunks(
     body: CompletionRequest, served: Served, head: dict[str, Any], told: AsyncIterator[dict[str, Any]]
 ) -> AsyncIterator[dict[str, Any]]:
     usage = {"usage": None} if body.wants_usage else {}
     last: dict[str, Any] = {}
-    written = [0] * (body.n or 1)
+    written = [_Written(served) for _ in range(body.n or 1)]
     async for part in told:
         last = part if part.get("usage") else last
         for choice in part["choices"]:
             index = choice["index"]
-            yield {**head, "choices": [_choice(served, choice, index, written[index])], **usage}
-            written[index] += len(choice["text"])
+            yield {**head, "choices": [written[index].choice(choice, index)], **usage}
     if body.wants_usage:
         yield {**head, "choices": [], "usage": wire.usage(last), "served_by": last.get("served_by")}
+
+
+class _Written:
+    """One output, whole or on its way."""
+
+    def __init__(self, served: Served) -> None:
+        self._logprobs = OfCompletion(served.contract.tokenizer)
+        self._length = 0
+
+    def choice(self, told: dict[str, Any], index: int) -> dict[str, Any]:
+        self._length += len(told["text"])
+        return {
+            "index": index,
+            "text": told["text"],
+            "finish_reason": told.get("finish_reason"),
+            "logprobs": self._logprobs.told(told.get("logprobs"), self._length),
+        }

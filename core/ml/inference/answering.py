@@ -17,7 +17,7 @@ from core.ml.inference.text import TextStream
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that is certain, and the tokens that were chosen since the last piece."""
+    """Text that is certain, and the chosen tokens that begin in it."""
 
     text: str
     choices: Sequence[Choice]
@@ -71,7 +71,9 @@ class Answering:
     sampler: Sampler | None = None
     adapter: Adapter | None = None
     cache: Cache | None = None
-    _untold: list[Choice] = field(default_factory=list)
+    # Each with the length of the text before it.
+    _untold: list[tuple[int, Choice]] = field(default_factory=list)
+    _told: int = 0
 
     @property
     def most(self) -> int:
@@ -98,6 +100,7 @@ class Answering:
         """The next token: tell what it makes certain, and whether it is the last."""
         self.new.append(choice.token)
         ended = choice.token in self.ends
+        begin = self.text.length
         piece = "" if ended else self.text.push(choice.token)
         stopped = ended or self.text.stopped
         last = stopped or len(self.new) >= self.request.sampling.max_tokens
@@ -106,10 +109,13 @@ class Answering:
         # A stop string may stand in what was held back.
         stopped = stopped or self.text.stopped
         if self.request.sampling.logprobs is not None:
-            self._untold.append(choice)
-        if piece or (last and self._untold):
-            self.tell(Piece(piece, self._untold))
-            self._untold = []
+            self._untold.append((begin, choice))
+        self._told += len(piece)
+        # Tokens of a stop string, and one that ends the answer, are none of the text.
+        certain = [one for at, one in self._untold if at < self._told or (last and not stopped)]
+        if piece or certain:
+            self._untold = self._untold[len(certain) :]
+            self.tell(Piece(piece, certain))
         if last:
             self.finish("stop" if stopped else "length")
 

@@ -11,7 +11,8 @@ _MOST_UNTOLD = 16
 
 
 class TextStream:
-    """Feed it token ids; it gives the text that is certain. `stopped` is set at a stop string."""
+    """Feed it token ids; it gives the text that is certain. `stopped` is set at a stop string; `length` counts the
+    characters that are whole, those that are held back among them."""
 
     def __init__(self, tokenizer: Any, stop: list[str], before: Sequence[int] = ()) -> None:
         """`before`: the tokens of the prompt. Some tokenizers write the space before a word only after other text."""
@@ -22,6 +23,7 @@ class TextStream:
         self._stop = stop
         self._held = ""
         self.stopped = False
+        self.length = 0
 
     def push(self, token: int) -> str:
         if self.stopped:
@@ -48,6 +50,7 @@ class TextStream:
         if len(after) <= len(before) or (after.endswith(_HALF) and not broken):
             return ""
         self._begin, self._told = self._told, len(self._ids)
+        self.length += len(after) - len(before)
         return after[len(before) :]
 
     def _text(self, end: int) -> str:

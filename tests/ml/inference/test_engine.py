@@ -250,13 +250,24 @@ def test_an_unknown_name(engine: Engine) -> None:
 @pytest.mark.parametrize("at", [(0, 1), (0, 2), (2, 4), (3, 4)])
 def test_nothing_is_written_past_a_stop_string(engine: Engine, at: tuple[int, int]) -> None:
     hot = {"temperature": 1.5, "seed": 11, "max_tokens": 30}
-    whole = ask(engine, tiny.NAME, PROMPT, Sampling(**hot)).wait().text
+    free = ask(engine, tiny.NAME, PROMPT, Sampling(**hot)).wait()
+    whole = free.text
     stop = whole[at[0] : at[1]]
     heard = ask(engine, tiny.NAME, PROMPT, Sampling(stop=(stop,), **hot)).wait()
     assert heard.text == whole[: whole.index(stop)]
+    assert heard.tokens == free.tokens[: len(heard.tokens)]
+    assert bool(heard.tokens) == bool(heard.text)
     assert heard.finish is not None
     assert heard.finish.reason == "stop"
     assert heard.finish.tokens < 30
+
+
+def test_the_token_that_ends_an_answer_is_none_of_it(engine: Engine) -> None:
+    told = ask(engine, tiny.NAME, PROMPT, Sampling(4)).wait().tokens
+    heard = ask(engine, tiny.NAME, PROMPT, Sampling(4, stop_token_ids=(told[3],))).wait()
+    assert heard.tokens == told[: told.index(told[3])]
+    assert heard.finish is not None
+    assert heard.finish.tokens == len(heard.tokens) + 1
 
 
 def broken_for(engine: Engine, token: int, error: Exception) -> None:

@@ -1,0 +1,87 @@
+"""Log probabilities as OpenAI's clients read them, from an engine's, whose tokens are named `token_id:…`."""
+
+import codecs
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from core.ml import tokens
+
+Json = dict[str, Any]
+
+
+def of_chat(tokenizer: Any, told: Json | None) -> Json | None:
+    if told is None:
+        return None
+    read = _reader(tokenizer)
+
+    def entry(name: str, logprob: float) -> Json:
+        text, raw = read(name)
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+    content = [
+        {
+            **entry(name, logprob),
+            "top_logprobs": [entry(*pair) for pair in sorted((top or {}).items(), key=lambda pair: -pair[1])],
+        }
+        for name, logprob, top in zip(
+            told["tokens"], told["token_logprobs"], told["top_logprobs"] or [], strict=True
+        )
+    ]
+    return {"content": content, "refusal": None}
+
+
+class OfCompletion:
+    """Those of one output in the older form, whole or piece by piece: there a token begins where the text ends that is
+    whole characters before it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._read = _reader(tokenizer)
+        self._unwritten = {name for name, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at = 0
+
+    def told(self, told: Json | None, end: int) -> Json | None:
+        """Of the next tokens; `end`: where the text ends that is there with them."""
+        if told is None:
+            return None
+        tops = told["top_logprobs"] or [{}] * len(told["tokens"])
+        return {
+            "tokens": [self._label(name) for name in told["tokens"]],
+            "token_logprobs": told["token_logprobs"],
+            "top_logprobs": [
+                self._top(name, logprob, top or {})
+                for name, logprob, top in zip(told["tokens"], told["token_logprobs"], tops, strict=True)
+            ],
+            "text_offset": [min(self._begin(name), end) for name in told["tokens"]],
+        }
+
+    def _begin(self, name: str) -> int:
+        begin = self._at
+        if _id(name) not in self._unwritten:
+            self._at += len(self._decoder.decode(self._read(name)[1]))
+        return begin
+
+    def _top(self, chosen: str, logprob: float, top: Json) -> Json:
+        """With the chosen token, also where it is none of the likeliest; of two tokens that read the same, one by its id."""
+        found: Json = {}
+        for name, value in {chosen: logprob, **top}.items():
+            label = self._label(name)
+            found[name if label in found else label] = value
+        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+    def _label(self, name: str) -> str:
+        """As OpenAI writes what is no text by itself: `bytes:\\xf0\\x9f`."""
+        text, raw = self._read(name)
+        if text.encode() == raw:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _reader(tokenizer: Any) -> Callable[[str], tuple[str, bytes]]:
+    """Text and bytes of a named token; the same few are likely all through an answer."""
+    return cache(lambda name: tokens.text_and_bytes(tokenizer, _id(name)))
+
+
+def _id(name: str) -> int:
+    return int(name.removeprefix("token_id:"))

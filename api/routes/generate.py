@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from ulid import ULID
 
+from api import errors
 from api.deps import CallerDep, Services, ServicesDep
 from api.requests import StrictRoute
 from api.schemas.generate import (
@@ -64,7 +65,7 @@ async def compare(
             sampling = _sampling(body, served, caller.project_id)
             answer = await services.engine.complete(served.target, ids, sampling)
         except GraftError as error:
-            return said.model_copy(update={"error": error.as_dict()})
+            return said.model_copy(update={"error": errors.body(error)})
         choice = answer["choices"][0]
         told = {"text": choice["text"], "finish_reason": choice["finish_reason"], "usage": _usage(answer)}
         return said.model_copy(update=told | {"served_by": answer.get("served_by")})
@@ -82,7 +83,10 @@ def _targets(body: CompareRequest, services: Services, project_id: str) -> list[
         if name != "base"
     }
     trained_on = next((served.target.base_model for served in found.values() if served.adapter_id), None)
-    return [found.get(name) or models.base(services, trained_on) for name in body.targets]
+    return [
+        found.get(name) or models.base(services, trained_on, f"targets.{i}")
+        for i, name in enumerate(body.targets)
+    ]
 
 
 def _prepare(body: GenerateRequest, services: Services, project_id: str) -> tuple[Served, list[int]]:
@@ -121,7 +125,7 @@ async def _events(chunks: AsyncIterator[dict[str, Any]], served: Served) -> Asyn
             usage = chunk.get("usage") or usage
             served_by = chunk.get("served_by") or served_by
     except GraftError as error:
-        yield _event("error", {"error": {**error.as_dict(), "type": "server_error"}})
+        yield _event("error", {"error": errors.body(error)})
         return
     yield _event(
         "done",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from api.serving import models
-from core.control.tables import Adapter
+from core.control.tables import FINISHED, Adapter, Job, JobStatus
 from core.ml import contract
 from core.storage import Storage
 from tests import tiny
@@ -63,3 +63,37 @@ def test_an_adapter_in_a_bucket_is_fetched_once_and_leaves_no_files(
         refused(api.client.post("/generate", json=body), 503, "engine_unavailable")
     assert len(fetched) == len(models._PROMPT_FILES)
     assert not list((tmp_path / "home").rglob("tokenizer.json"))
+
+
+@pytest.mark.parametrize("status", FINISHED)
+def test_a_job_that_is_over_gets_no_checkpoint_any_more(api: Api, status: JobStatus) -> None:
+    job = rows.job(api.sessions, api.project_id, spec={"lora": {"init": "default"}})
+    with api.sessions.begin() as session:
+        session.get_one(Job, job.id).status = status
+    body = {"targets": ["base", f"{job.id}@latest"], "prompt": "Hi"}
+    error = refused(api.client.post("/compare", json=body), 404, "checkpoint_not_found")
+    assert error["message"] == f"Job {job.id} is {status} and has no checkpoint."
+    assert error["param"] == "targets.1"
+
+
+def test_a_job_without_a_step_is_told_of_its_newest_one(api: Api) -> None:
+    job = rows.job(api.sessions, api.project_id)
+    body = {"model": job.id, "messages": [{"role": "user", "content": "Hi"}]}
+    error = refused(api.client.post("/v1/chat/completions", json=body), 404, "checkpoint_not_found")
+    assert (error["param"], "@latest" in error["hint"]) == ("model", True)
+
+
+def test_an_adapter_without_its_files_says_so(api: Api, tiny_model: Path, tmp_path: Path) -> None:
+    row = adapter(api, tiny_model, tmp_path / "adapter", base_model=tiny.NAME)
+    api.storage.delete(f"{row.key}/files")
+    body = {"prompt": "a", "adapter_id": row.id}
+    error = refused(api.client.post("/generate", json=body), 404, "file_missing")
+    assert error["message"] == f"The files of adapter {row.id} are not in the storage any more."
+    assert (error["param"], "backup" in error["hint"]) == ("adapter_id", True)
+    assert row.key not in str(error)
+
+
+def test_a_target_that_is_not_there_is_named(api: Api) -> None:
+    for name in ("tests/tny", "ad_none", "job_none@latest"):
+        body = {"targets": ["base", name], "prompt": "Hi"}
+        assert refused(api.client.post("/compare", json=body), 404)["param"] == "targets.1"

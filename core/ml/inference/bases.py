@@ -87,7 +87,10 @@ def check(base: Base, prompt: list[int], sampling: Sampling) -> None:
     """
     if not prompt or min(prompt) < 0 or max(prompt) >= base.vocabulary:
         raise BadRequest(
-            "invalid_prompt", f"The prompt must be token ids from 0 to {base.vocabulary - 1}.", status=400
+            "invalid_prompt",
+            f"The prompt must be token ids from 0 to {base.vocabulary - 1}.",
+            param="prompt",
+            status=400,
         )
     if any(not 0 <= token < base.vocabulary for token in sampling.logit_bias):
         raise BadRequest(

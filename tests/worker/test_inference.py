@@ -115,7 +115,10 @@ def test_several_outputs_have_seeds_of_their_own(server: Server) -> None:
     assert [choice["index"] for choice in choices] == [0, 1, 2]
     texts = [choice["text"] for choice in choices]
     assert len(set(texts)) == 3
-    assert server.answer(**{**hot, "seed": 5})["choices"][0]["text"] == texts[1]
+    for seed in (5, 4 + 2**32, -4):
+        other = server.answer(**{**hot, "seed": seed}, n=2)["choices"]
+        assert not {choice["text"] for choice in other} & set(texts)
+    assert [choice["text"] for choice in server.answer(**hot, n=2)["choices"]] == texts[:2]
     streamed = ["", "", ""]
     for chunk in server.stream(**hot, n=3):
         streamed[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
@@ -156,6 +159,7 @@ def test_only_what_lies_in_the_storage_is_loaded(server: Server, path: str) -> N
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_lora_path")
     missing = server.load("ad_bad", server.storage / "none")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "adapter_missing")
+    assert "backup" in missing.json()["error"]["hint"]
 
 
 def test_copies_from_a_bucket_are_those_asked_for_last(
@@ -197,7 +201,8 @@ def test_a_prompt_is_known_again_under_its_salt(server: Server) -> None:
 
 def test_a_wrong_request_fails_before_its_stream_begins(server: Server) -> None:
     answer = server.complete(stream=True, prompt=[999_999])
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_prompt")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_prompt", "prompt")
 
 
 # Of eight, four at a time: written to their ends they take ten seconds.

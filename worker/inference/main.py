@@ -129,7 +129,9 @@ def load_adapter(body: LoadAdapter, server: ServerDep) -> dict[str, Any]:
         server.engine.register(body.lora_name, body.base_model_name, folder)
     except FileNotFoundError as error:
         raise NotFound(
-            "adapter_missing", f"The files of adapter {body.lora_name} are not in the storage."
+            "adapter_missing",
+            f"The files of adapter {body.lora_name} are not in the storage.",
+            hint="Bring them back from a backup of the storage, or train the adapter again.",
         ) from error
     return {"status": "ok", "checked": True}
 

@@ -1,5 +1,6 @@
 """What the inference server is asked. The names are vLLM's."""
 
+import hashlib
 from dataclasses import replace
 from typing import Annotated, Self
 
@@ -26,7 +27,7 @@ class Completion(BaseModel):
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     stop: list[str] = []
     stop_token_ids: list[int] = []
-    seed: int | None = Field(None, ge=0, lt=2**62)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=_MOST_OUTPUTS)
     logprobs: int | None = Field(None, ge=0, le=20)
     return_tokens_as_token_ids: bool = False
@@ -59,9 +60,15 @@ class Completion(BaseModel):
             seed=self.seed,
             logprobs=self.logprobs,
         )
-        return [
-            replace(one, seed=None if self.seed is None else self.seed + index) for index in range(self.n)
-        ]
+        return [replace(one, seed=_seed(self.seed, index)) for index in range(self.n)]
+
+
+def _seed(asked: int | None, output: int) -> int | None:
+    """The first output's is the one asked for; of the others, and of those that are longer, every part is mixed: the
+    neighbour of a seed is another request's, and a CPU's generator reads 32 bits only."""
+    if asked is None or (output == 0 and 0 <= asked < 2**32):
+        return asked
+    return int.from_bytes(hashlib.sha256(f"{asked} {output}".encode()).digest()[:8], "big")
 
 
 class LoadAdapter(BaseModel):

@@ -1,12 +1,12 @@
 """What OpenAI's clients send. What only has a meaning at OpenAI is passed over; what would change the answer and is not
 here is refused."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from api.schemas.common import Request
-from api.schemas.generate import Message, Sampled
+from api.schemas.generate import Message, Sampled, refuse_last_answer
 from core.errors import BadRequest
 
 _LIST = Annotated[list[int], Field(min_length=1)]
@@ -18,6 +18,7 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "web_search_options": (),
+    "moderation": (),
     "functions": (),
     "function_call": (),
     "reasoning_effort": (),
@@ -31,6 +32,8 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(Request):
+    model_config = ConfigDict(strict=True)
+
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -48,6 +51,7 @@ class Asked(Sampled):
     store: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     verbosity: str | None = None
@@ -92,13 +96,18 @@ class ChatRequest(Asked):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.messages[-1].role == "assistant":
-            raise ValueError("the last message must not be the assistant's: it is what is to be written")
-        if self.top_logprobs and not self.logprobs:
+    @field_validator("messages")
+    @classmethod
+    def _answerable(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        refuse_last_answer(messages)
+        return messages
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _of_logprobs(cls, top_logprobs: int, others: ValidationInfo) -> int:
+        if top_logprobs and not others.data.get("logprobs"):
             raise ValueError("top_logprobs need logprobs")
-        return self
+        return top_logprobs
 
     def turns(self) -> list[dict[str, Any]]:
         unread = {"refusal", "annotations", "audio"}
@@ -119,16 +128,17 @@ class CompletionRequest(Asked):
     max_tokens: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
-    @model_validator(mode="after")
-    def _one_stream(self) -> Self:
-        if self.stream and len(self.prompts) > 1:
+    @field_validator("prompt")
+    @classmethod
+    def _one_stream(cls, prompt: Any, others: ValidationInfo) -> Any:
+        if others.data.get("stream") and len(_each(prompt)) > 1:
             raise ValueError("a stream has one prompt")
-        return self
+        return prompt
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        return _each(self.prompt)
+
+
+def _each(prompt: Any) -> list[str | list[int]]:
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)

@@ -1,13 +1,23 @@
 """Generation on the wire."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from api.schemas.common import Request
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-TokenId = Annotated[int, Field(ge=0)]
+# One way to write each, or two keys could mean the same token.
+TokenId = Annotated[str, StringConstraints(pattern="^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 _COLDEST = 0.01
@@ -30,8 +40,16 @@ class Message(Request):
     function_call: dict[str, Any] | None = None
 
 
+def refuse_last_answer(messages: Sequence[Message]) -> None:
+    if messages[-1].role == "assistant":
+        raise ValueError("the last message must not be the assistant's: it is what is to be written")
+
+
 class Sampled(Request):
-    """How tokens are chosen. `top_k`, `min_p` and `repetition_penalty` as vLLM names them."""
+    """How tokens are chosen. `top_k`, `min_p` and `repetition_penalty` as vLLM names them. A field that is null is not
+    given, as clients send those of which they know nothing."""
+
+    model_config = ConfigDict(strict=True)
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -43,6 +61,17 @@ class Sampled(Request):
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, asked: Any) -> Any:
+        if not isinstance(asked, dict):
+            return asked
+        return {
+            name: value
+            for name, value in asked.items()
+            if name not in cls.model_fields or not (value is None or (name == "stop" and value == ""))
+        }
 
     def sampling(self) -> dict[str, Any]:
         """As an engine wants it, but for the number of tokens and the tokens that end an answer."""
@@ -60,7 +89,7 @@ class Sampled(Request):
             "frequency_penalty": self.frequency_penalty or 0.0,
             "logit_bias": self.logit_bias or {},
             "stop": [stop] if isinstance(stop, str) else stop,
-            "seed": None if self.seed is None else self.seed % 2**31,
+            "seed": self.seed,
         }
 
 
@@ -77,18 +106,27 @@ class Prompted(Sampled):
     top_k: int = Field(0, ge=0, le=1000)
     seed: int | None = Field(None, ge=0, lt=2**31)
 
+    @field_validator("temperature")
+    @classmethod
+    def _warm(cls, temperature: float) -> float:
+        if 0 < temperature < _COLDEST:
+            raise ValueError(f"temperature must be 0 or at least {_COLDEST}")
+        return temperature
+
+    @field_validator("messages")
+    @classmethod
+    def _answerable(cls, messages: list[Message]) -> list[Message]:
+        refuse_last_answer(messages)
+        return messages
+
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         if (self.messages is None) == (self.prompt is None):
             raise ValueError("give messages or prompt, and not both")
-        if 0 < self.temperature < _COLDEST:
-            raise ValueError(f"temperature must be 0 or at least {_COLDEST}")
         if self.tools and self.messages is None:
             raise ValueError("tools need messages")
         if self.raw and self.prompt is None:
             raise ValueError("raw needs a prompt")
-        if self.messages and self.messages[-1].role == "assistant":
-            raise ValueError("the last message must not be the assistant's: it is what is to be written")
         return self
 
     def sampling(self) -> dict[str, Any]:
@@ -100,15 +138,20 @@ class GenerateRequest(Prompted):
 
     adapter_id: str | None = None
     model: str | None = None
-    n: int = Field(1, ge=1, le=8)
     stream: bool = False
+    n: int = Field(1, ge=1, le=8)
+
+    @field_validator("n")
+    @classmethod
+    def _one_output(cls, n: int, others: ValidationInfo) -> int:
+        if n > 1 and others.data.get("stream"):
+            raise ValueError("a stream has one output: n must be 1")
+        return n
 
     @model_validator(mode="after")
     def _one_answerer(self) -> Self:
         if self.adapter_id and self.model:
             raise ValueError("give adapter_id or model: an adapter knows its base model")
-        if self.stream and self.n > 1:
-            raise ValueError("a stream has one output: n must be 1")
         return self
 
 

@@ -175,12 +175,12 @@ def test_without_an_engine_generation_is_unavailable(
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, ""),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "a"}], "raw": True}, ""),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, ""),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": "a", "name": 1}]}, "messages.0.name"),
         ({"prompt": "a", "adapter_id": "x", "model": "y"}, ""),
-        ({"prompt": "a", "stream": True, "n": 2}, ""),
+        ({"prompt": "a", "stream": True, "n": 2}, "n"),
         ({"prompt": "a", "n": 0}, "n"),
         ({"prompt": "a", "n": 9}, "n"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens"),
@@ -191,7 +191,7 @@ def test_without_an_engine_generation_is_unavailable(
         ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
         ({"prompt": "a", "seed": -1}, "seed"),
         ({"prompt": "a", "stop": ["a"] * 5}, "stop"),
-        ({"prompt": "a", "stop": ""}, "stop"),
+        ({"prompt": "a", "stop": [""]}, "stop.0"),
     ],
 )
 def test_a_wrong_request_is_named_by_its_field(shared_api: Api, body: dict[str, Any], param: str) -> None:
@@ -253,10 +253,13 @@ def test_a_checkpoint_that_cannot_be_talked_to_says_why(api: Api) -> None:
         for job in (plain, moved):
             events.add_checkpoint(session, job.id, 4, f"jobs/{job.id}/checkpoints/1-4", files, {})
     assert "the steps 4" in (refused(ask(f"{plain.id}@3"), 404, "checkpoint_not_found")["hint"] or "")
-    refused(ask(f"{plain.id}@4"), 404, "file_missing")
+    error = refused(ask(f"{plain.id}@4"), 404, "file_missing")
+    assert error["message"] == f"The files of checkpoint {plain.id}@4 are not in the storage any more."
+    assert (error["param"], "@latest" in error["hint"]) == ("adapter_id", True)
     refused(ask(f"{moved.id}@latest"), 409, "checkpoint_not_servable")
-    refused(ask(f"{plain.id}@"), 404, "adapter_not_found")
-    refused(ask("job_none@latest"), 404, "job_not_found")
+    for name in (plain.id, f"{plain.id}@", f"{plain.id}@\u0664"):
+        assert "@latest" in refused(ask(name), 404, "checkpoint_not_found")["hint"]
+    assert refused(ask("job_none@latest"), 404, "job_not_found")["param"] == "adapter_id"
 
 
 # ---- Models and health

@@ -162,6 +162,27 @@ def test_completions_go_on_with_texts_and_tokens(client: openai.OpenAI) -> None:
     assert client.completions.create(prompt=[5, 6, 7], **options).usage.prompt_tokens == 3
 
 
+def test_log_probabilities_of_completions_are_those_of_their_stream(client: openai.OpenAI) -> None:
+    hot: dict[str, Any] = {"temperature": 2, "seed": 3, "logprobs": 2}
+    asked: dict[str, Any] = {"model": tiny.NAME, "prompt": "😀 😀", "max_tokens": 40, **hot}
+    whole = client.completions.create(**asked).choices[0]
+    told = whole.logprobs
+    streamed: dict[str, list[Any]] = {"tokens": [], "text_offset": [], "top_logprobs": []}
+    for chunk in client.completions.create(**asked, stream=True):
+        for name, values in streamed.items():
+            values.extend(getattr(chunk.choices[0].logprobs, name))
+    assert streamed == {name: getattr(told, name) for name in streamed}
+    assert any(token.startswith("bytes:") for token in told.tokens)
+    assert told.text_offset == sorted(told.text_offset)
+    assert 0 <= max(told.text_offset) < len(whole.text)
+    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert top[token] == logprob
+        assert len(top) in (2, 3)
+    ended = client.completions.create(**asked, stop=whole.text[2:4]).choices[0]
+    assert ended.finish_reason == "stop"
+    assert max(ended.logprobs.text_offset) < len(ended.text)
+
+
 def test_models_are_listed_and_found(client: openai.OpenAI, job: dict) -> None:
     names = [model.id for model in client.models.list()]
     assert {tiny.NAME, job["adapter_id"]} <= set(names)
@@ -179,7 +200,7 @@ def test_wrong_requests_raise_what_openai_raises(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tool_choice": "required", "tools": TOOLS}, "tool_choice"),
         ({"temperature": 3}, "temperature"),
-        ({"top_logprobs": 3}, None),
+        ({"top_logprobs": 3}, "top_logprobs"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
         ({"max_completion_tokens": 10_000}, "max_completion_tokens"),
         ({"extra_body": {"temprature": 1}}, "temprature"),

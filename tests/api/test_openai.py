@@ -1,0 +1,148 @@
+"""What the routes that answer take and refuse, by what is wrong. No engine runs: whoever got so far is told that."""
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+from openai.resources.chat.completions import Completions as Chat
+from openai.resources.completions import Completions
+
+from api.openai.schemas import _UNSERVED, ChatRequest, CompletionRequest
+from tests import tiny
+from tests.api.conftest import Api, only_sqlite, refused
+from tests.serving.vllm import Vllm
+
+TURN = {"role": "user", "content": "a"}
+CHAT: dict[str, Any] = {"model": tiny.NAME, "messages": [TURN]}
+COMPLETION: dict[str, Any] = {"model": tiny.NAME, "prompt": "a"}
+GENERATE: dict[str, Any] = {"prompt": "a"}
+BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETION,
+    "/generate": GENERATE,
+    "/compare": {**GENERATE, "targets": ["base"]},
+}
+
+
+def ask(api: Api, path: str, **changes: Any) -> Any:
+    return api.client.post(path, json={**BODIES[path], **changes})
+
+
+def answered(api: Api, path: str, **changes: Any) -> None:
+    answer = ask(api, path, **changes)
+    if path == "/compare":
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["outputs"][0]["error"]["code"] == "engine_unavailable"
+    else:
+        refused(answer, 503, "engine_unavailable")
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("stop", ["", [], None])
+def test_an_empty_stop_is_none(shared_api: Api, path: str, stop: Any) -> None:
+    answered(shared_api, path, stop=stop)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_is_null_is_not_given(shared_api: Api, path: str) -> None:
+    names = ["temperature", "top_p", "top_k", "seed", "logit_bias", "repetition_penalty"]
+    own = ["n", "stream", "user"] if path.startswith("/v1") else ["max_new_tokens", "raw", "tools"]
+    answered(shared_api, path, **dict.fromkeys([*names, *own]))
+    error = refused(ask(shared_api, path, temprature=None), 400 if path.startswith("/v1") else 422)
+    assert error["param"] == "temprature"
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "0.5"),
+        ("temperature", True),
+        ("top_k", "5"),
+        ("seed", True),
+        ("logit_bias", {"5": "1"}),
+        ("logit_bias", {"5": True}),
+        *(("logit_bias", {key: 1}) for key in ("05", "+5", " 5", "5.0", "1_0", "-5", "٣", "")),
+    ],
+)
+def test_numbers_are_numbers(shared_api: Api, path: str, field: str, value: Any) -> None:
+    answer = ask(shared_api, path, **{field: value})
+    error = refused(answer, 400 if path.startswith("/v1") else 422, "invalid_request")
+    assert error["param"].startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("prompt", [True, 2]), ("prompt", [["1"]]), ("logprobs", True), ("n", "2")]
+)
+def test_numbers_are_numbers_in_completions(shared_api: Api, field: str, value: Any) -> None:
+    error = refused(ask(shared_api, "/v1/completions", **{field: value}), 400, "invalid_request")
+    assert error["param"].startswith(field)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_integers_are_numbers_too(shared_api: Api, path: str) -> None:
+    answered(shared_api, path, temperature=1, top_p=1, logit_bias={"0": 1, "10": -1})
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "param"),
+    [
+        ("/generate", {"temperature": 0.005}, "temperature"),
+        ("/compare", {"temperature": 0.005}, "temperature"),
+        ("/generate", {"n": 2, "stream": True}, "n"),
+        ("/generate", {"prompt": None, "messages": [TURN, {**TURN, "role": "assistant"}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{**TURN, "role": "assistant"}]}, "messages"),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+        ("/v1/completions", {"prompt": ["a", "b"], "stream": True}, "prompt"),
+    ],
+)
+def test_what_two_fields_forbid_is_named(shared_api: Api, path: str, changes: Any, param: str) -> None:
+    error = refused(ask(shared_api, path, **changes), 400 if path.startswith("/v1") else 422)
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize("seed", [0, 40, 40 + 2**31, -1, -(2**63), 2**63 - 1])
+def test_a_seed_reaches_the_engine_as_it_is(seed: int) -> None:
+    assert ChatRequest(**CHAT, seed=seed).sampling()["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    ("create", "request_"), [(Chat.create, ChatRequest), (Completions.create, CompletionRequest)]
+)
+def test_every_parameter_of_the_client_is_known(create: Any, request_: type[ChatRequest]) -> None:
+    ours = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    named = set(inspect.signature(create).parameters) - ours
+    assert named <= set(request_.model_fields) | set(_UNSERVED), openai.__version__
+
+
+def test_newer_parameters_are_refused_or_passed_over(shared_api: Api) -> None:
+    path = "/v1/chat/completions"
+    answered(shared_api, path, prompt_cache_options={"mode": "explicit"}, moderation=None)
+    error = refused(ask(shared_api, path, moderation={"model": "omni"}), 400, "unsupported_parameter")
+    assert error["param"] == "moderation"
+
+
+@only_sqlite
+def test_an_error_looks_the_same_wherever_it_comes(make_api: Callable[..., Api]) -> None:
+    vllm = Vllm(tiny.NAME)
+    api = make_api(engine_url=vllm.url)
+    vllm.dies = 1
+    shape = ["message", "type", "code", "param", "hint", "request_id"]
+    told = []
+    try:
+        for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
+            answer = ask(api, path, stream=True)
+            *_, last = [line for line in answer.text.splitlines() if line.startswith("data: ")]
+            told.append((answer, json.loads(last[6:])["error"]))
+        vllm.served_name = "none"
+        answer = ask(api, "/compare")
+        told.append((answer, answer.json()["outputs"][0]["error"]))
+    finally:
+        vllm.stop()
+    for answer, error in told:
+        assert list(error) == shape
+        assert (error["type"], error["request_id"]) == ("server_error", answer.headers["x-request-id"])
+    assert [error["code"] for _, error in told] == ["engine_unavailable"] * 3 + ["model_not_served"]

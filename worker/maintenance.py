@@ -9,22 +9,20 @@ import logging
 import shutil
 import threading
 import time
-from pathlib import Path
 
-import psutil
 from celery import Celery
 
 from core.control import queue
 from core.control.db import DatabaseUnavailable, Session, reading
 from core.control.running import attempts, orphans, probes, workers
 from core.control.tables import FINISHED, Job
+from core.ml import memory
 from worker.context import Context
 
 logger = logging.getLogger(__name__)
 
 _DUTY, _ORPHANS_DUTY = "sweep", "orphans"
 _ORPHANS_SECONDS = 3600.0
-_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def start(context: Context, app: Celery) -> None:
@@ -105,15 +103,11 @@ def sweep(context: Context, app: Celery, *, trust_leases: bool) -> None:
 def _measure_memory(context: Context, session: Session) -> None:
     """Have the device tell what memory a job finds: a CPU's as it is now, unless work of our own takes some of it.
 
-    Elsewhere the number of the start stays: only a process with a context on it sees a GPU's memory, and a container's
-    limit is the trainers' to reckon with.
+    A GPU's stays the number of the start: only a process with a context on it sees its memory.
     """
     if context.device.get("cuda") is not False or not probes.is_idle(session, context.owner):
         return
-    if _MEMORY_LIMIT.exists() and _MEMORY_LIMIT.read_text().strip() != "max":
-        return
-    free = psutil.virtual_memory().available
-    context.device["free_bytes"] = free // context.settings.trainer_processes
+    context.device["free_bytes"] = memory.free_bytes() // context.settings.trainer_processes
 
 
 def _take_back(context: Context, trust_leases: bool) -> None:

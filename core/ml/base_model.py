@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from bitsandbytes.nn import Linear4bit
 from filelock import FileLock
@@ -23,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from core.errors import NotFound
-from core.ml import catalogue
+from core.ml import catalogue, memory
 from core.ml.catalogue import BaseModel
 from core.ml.quantization import Quantization
 
@@ -74,15 +73,7 @@ def free_bytes() -> int:
     """Memory that is free: on the GPU, or in this machine as far as its container may use it."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info(device())[0])
-    free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError, StopIteration):  # no control group, or one without a limit
-        group = Path("/sys/fs/cgroup")
-        taken = int((group / "memory.current").read_text())
-        # Files that were read lie there, too, until somebody needs the room.
-        lines = (group / "memory.stat").read_text().splitlines()
-        taken -= int(next(line.split()[1] for line in lines if line.startswith("inactive_file ")))
-        free = min(free, int((group / "memory.max").read_text()) - taken)
-    return max(free, 0)
+    return memory.free_bytes()
 
 
 def settle(quantization: Quantization) -> Precision:

@@ -19,6 +19,7 @@ from core.control import queue
 from core.control.db import Session, Sessions, reading
 from core.control.running import probes, workers
 from core.control.tables import Project, Worker, utcnow
+from core.ml import memory
 from tests.control import rows
 from worker import maintenance
 from worker.context import Context
@@ -39,15 +40,6 @@ def test_a_worker_that_was_struck_out_enters_itself_again_with_its_device(contex
             session.delete(session.get_one(Worker, context.owner))
 
 
-@pytest.fixture
-def limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the control group of a machine without a limit says."""
-    file = tmp_path / "memory.max"
-    file.write_text("max\n")
-    monkeypatch.setattr(maintenance, "_MEMORY_LIMIT", file)
-    return file
-
-
 def told(context: Context, **device: Any) -> int:
     """The free memory that the row tells after a sweep, where one byte was free before."""
     context.device.update(name="it", free_bytes=1, **device)
@@ -57,7 +49,6 @@ def told(context: Context, **device: Any) -> int:
     return int(device["free_bytes"])
 
 
-@pytest.mark.usefixtures("limit")
 def test_the_memory_of_a_cpu_is_measured_while_nothing_runs_on_it(context: Context, project_id: str) -> None:
     most = psutil.virtual_memory().total
     assert 2**20 < told(context, cuda=False) <= most
@@ -74,16 +65,22 @@ def test_the_memory_of_a_cpu_is_measured_while_nothing_runs_on_it(context: Conte
     assert told(context) == 1
 
 
-@pytest.mark.usefixtures("limit")
 def test_several_trainers_of_a_cpu_share_its_memory(context: Context) -> None:
     many = replace(context, settings=context.settings.model_copy(update={"trainer_processes": 1000}))
     assert 1 < told(many, cuda=False) <= psutil.virtual_memory().total // 1000
 
 
-def test_memory_that_is_dear_to_measure_is_what_it_was_at_the_start(context: Context, limit: Path) -> None:
+def test_the_memory_of_a_gpu_is_what_it_was_at_the_start(context: Context) -> None:
     assert told(context, cuda=True) == 1
-    limit.write_text("1000000000\n")
-    assert told(context, cuda=False) == 1
+
+
+def test_the_limit_of_a_container_holds_for_the_memory_measured_again(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    for name, said in (("current", "100"), ("stat", "inactive_file 40"), ("max", "1000")):
+        (tmp_path / f"memory.{name}").write_text(f"{said}\n")
+    assert told(context, cuda=False) == 940
 
 
 def test_the_sweep_leaves_a_running_probe_its_folder(context: Context) -> None:

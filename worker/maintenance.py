@@ -66,10 +66,10 @@ def remove_orphans(context: Context) -> None:
     """Remove what was stored and has no row, because its process died before it could write or delete."""
     for folder in ("datasets", "jobs", "adapters"):
         _remove_orphans(context, folder)
-    for job in context.storage.folders("jobs"):
-        _remove_orphans(context, f"jobs/{job}/checkpoints")
-    for adapter in context.storage.folders("adapters"):
-        _remove_orphans(context, f"adapters/{adapter}/exports")
+    with reading(context.sessions) as session:
+        worked_on = orphans.worked_on(session)
+    for folder in worked_on:
+        _remove_orphans(context, folder)
 
 
 def _remove_orphans(context: Context, folder: str) -> None:

@@ -8,7 +8,7 @@ from ulid import ULID
 from core.control import jobs
 from core.control.db import Sessions
 from core.control.running import attempts, events, orphans
-from core.control.tables import Project, utcnow
+from core.control.tables import Job, JobKind, JobStatus, Project, utcnow
 from tests.control import rows
 
 
@@ -92,3 +92,27 @@ def test_a_checkpoint_is_of_nobody_once_no_claim_can_enter_it(sessions: Sessions
     with sessions.begin() as session:
         attempts.release(session, job.id, 3, "The worker shuts down.")
     assert among(sessions, folder, *names) == ["1-15", "2-25", "3-30"]
+
+
+def test_what_jobs_leave_is_looked_for_until_a_week_after_their_end(
+    sessions: Sessions, project_id: str
+) -> None:
+    ended = {"early": 8.0, "late": 6.0}
+    ids = {}
+    for name in ("waiting", *ended):
+        training = rows.job(sessions, project_id)
+        asked = {"export": {"adapter_id": f"ad_{name}", "format": "gguf"}}
+        export = rows.job(sessions, project_id, kind=JobKind.EXPORT, spec=asked)
+        ids[name] = training.id
+        with sessions.begin() as session:
+            for job in (training, export) if name in ended else ():
+                row = session.get_one(Job, job.id)
+                row.status = JobStatus.FAILED
+                row.finished_at = utcnow() - timedelta(days=ended[name])
+    with sessions() as session:
+        found = orphans.worked_on(session)
+    assert found == [
+        "adapters/ad_late/exports",
+        "adapters/ad_waiting/exports",
+        *(f"jobs/{ids[name]}/checkpoints" for name in ("waiting", "late")),
+    ]

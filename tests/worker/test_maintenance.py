@@ -18,7 +18,7 @@ from ulid import ULID
 from core.control import queue
 from core.control.db import Session, Sessions, reading
 from core.control.running import probes, workers
-from core.control.tables import Project, Worker, utcnow
+from core.control.tables import JobKind, Project, Worker, utcnow
 from core.ml import memory
 from tests.control import rows
 from worker import maintenance
@@ -129,6 +129,8 @@ def test_files_that_no_row_names_are_removed_after_a_day(
         session.add(adapter)
         session.get_one(Project, project_id).created_at = utcnow() - timedelta(days=3)
     export = rows.export(context.sessions, adapter.id)
+    asked = {"export": {"adapter_id": adapter.id, "format": "gguf"}}
+    rows.job(context.sessions, project_id, kind=JobKind.EXPORT, spec=asked)
     old, new = (str(ULID.from_timestamp(time.time() - days * 86400)) for days in (2, 0))
     kept = [
         f"{adapter.key}/files/weights",

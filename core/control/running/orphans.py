@@ -5,15 +5,29 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from ulid import ULID
 
 from core.control.db import Session
-from core.control.tables import Adapter, Checkpoint, Dataset, Export, Job, JobStatus, Project, utcnow
+from core.control.tables import Adapter, Checkpoint, Dataset, Export, Job, JobKind, JobStatus, Project, utcnow
 
 # Files come before their row: of what is younger, somebody may still be at work on the row.
 _AGE = timedelta(days=1)
 _AT_ONCE = 500
+# What a job left is looked for so long after its end: a listing for every job there ever was takes a bucket hours.
+_LATELY = timedelta(days=7)
+
+
+def worked_on(session: Session) -> list[str]:
+    """The folders in which jobs that are not over, or not for long, may have left something."""
+    lately = or_(Job.finished_at.is_(None), Job.finished_at > utcnow() - _LATELY)
+    found = set()
+    for job_id, kind, spec in session.execute(select(Job.id, Job.kind, Job.spec).where(lately)):
+        if kind == JobKind.EXPORT:
+            found.add(f"adapters/{spec['export']['adapter_id']}/exports")
+        else:
+            found.add(f"jobs/{job_id}/checkpoints")
+    return sorted(found)
 
 
 def among(session: Session, folder: str, names: Sequence[str]) -> list[str]:

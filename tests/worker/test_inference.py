@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -170,23 +172,80 @@ def test_copies_from_a_bucket_are_those_asked_for_last(
     storage.put(tmp_path / "file", "ad/weights")
 
     def get(name: str) -> None:
-        folder = copies.get(storage, "ad", ["weights"], tmp_path / "cache" / name, 3)
+        folder = copies.get(storage, "ad", ["weights"], tmp_path / "cache" / name, 3, 60)
         assert (folder / "weights").read_bytes() == b"weights"
 
-    for age, name in enumerate("abc"):
+    def age() -> None:
+        for used, name in enumerate(names()):
+            os.utime(tmp_path / "cache" / name, (used, used))
+
+    def names() -> list[str]:
+        return sorted(one.name for one in (tmp_path / "cache").iterdir())
+
+    for name in "abc":
         get(name)
-        os.utime(tmp_path / "cache" / name, (age, age))
-    for name in "adae":
+    age()
+    assert copies.use(tmp_path / "cache" / "a")
+    for name in "de":
         get(name)
-    assert sorted(one.name for one in (tmp_path / "cache").iterdir()) == ["a", "d", "e"]
+    assert names() == ["a", "d", "e"]
+    assert not copies.use(tmp_path / "cache" / "b")
+    # An answer may be reading those of the last minute.
+    get("f")
+    assert names() == ["a", "d", "e", "f"]
+    # What others bring at the moment is no copy.
+    (tmp_path / "cache" / "0.part").mkdir()
+    age()
+    get("g")
+    assert names() == ["0.part", "e", "f", "g"]
+    shutil.rmtree(tmp_path / "cache" / "0.part")
 
     def full(*_asked: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(storage, "get", full)
     with pytest.raises(StorageFull):
-        get("f")
-    assert sorted(one.name for one in (tmp_path / "cache").iterdir()) == ["a", "d", "e"]
+        get("h")
+    assert names() == ["e", "f", "g"]
+
+
+def test_a_copy_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(f"memory://{tmp_path.name}")
+    (tmp_path / "file").write_bytes(b"weights")
+    storage.put(tmp_path / "file", "ad/weights")
+    cache = tmp_path / "cache"
+    rmtree, removed = shutil.rmtree, []
+
+    def removes(folder: Path, **how: Any) -> None:
+        removed.extend(name for name in "ab" if folder.name.startswith(name) and folder.is_dir())
+        assert folder.suffix == ".part"
+        rmtree(folder, **how)
+
+    monkeypatch.setattr(copies.shutil, "rmtree", removes)
+
+    def get(name: str) -> None:
+        for _ in range(40):
+            copies.get(storage, "ad", ["weights"], cache / name, 1, 0)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(get, "aabb"))
+    assert set(removed) == {"a", "b"}
+    assert not list(cache.glob("*.part"))
+
+
+def test_an_adapter_whose_copy_made_room_is_loaded_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Storage, "local", lambda *_: None)  # as of a bucket
+    assert server.load("ad_0@copy", server.storage / "0").status_code == 200
+    (copy,) = (server.storage.parents[1] / "home" / "cache" / "adapters").iterdir()
+    os.utime(copy, (0, 0))
+    told = server.answer(model="ad_0@copy", max_tokens=2)["choices"]
+    assert copy.stat().st_mtime > 0
+    copy.rename(tmp_path / "gone")
+    assert server.complete(model="ad_0@copy").json()["error"]["code"] == "model_not_found"
+    assert server.load("ad_0@copy", server.storage / "0").status_code == 200
+    assert server.answer(model="ad_0@copy", max_tokens=2)["choices"] == told
 
 
 def test_a_prompt_is_known_again_under_its_salt(server: Server) -> None:

@@ -72,6 +72,13 @@ class Server:
         # Copies from a bucket: those that are still asked for are fetched again.
         shutil.rmtree(settings.home / "cache" / "adapters", ignore_errors=True)
         self.storage = Storage(settings.storage, s3_endpoint_url=settings.s3_endpoint_url)
+        self._copies: dict[str, Path] = {}
+
+    def knows(self, name: str) -> bool:
+        """Whether a completion can name this. The copy of an adapter then stays for as long as the answer may take;
+        one that is gone has to be loaded again."""
+        copy = self._copies.get(name)
+        return self.engine.knows(name) and (copy is None or copies.use(copy))
 
     def folder(self, path: str, name: str) -> Path:
         """The adapter's files on this machine; only what lies in the storage is loaded."""
@@ -82,7 +89,10 @@ class Server:
         if (local := self.storage.local(key)) is not None:
             return local
         folder = self.settings.home / "cache" / "adapters" / hashlib.sha256(name.encode()).hexdigest()[:32]
-        return copies.get(self.storage, key, _FILES, folder, _MOST_COPIES)
+        self._copies[name] = folder
+        return copies.get(
+            self.storage, key, _FILES, folder, _MOST_COPIES, self.settings.engine_answer_seconds
+        )
 
 
 def create_app() -> FastAPI:
@@ -140,7 +150,7 @@ def load_adapter(body: LoadAdapter, server: ServerDep) -> dict[str, Any]:
 async def completions(
     body: Completion, request: Request, server: ServerDep
 ) -> dict[str, Any] | StreamingResponse:
-    if not await run_in_threadpool(server.engine.knows, body.model):
+    if not await run_in_threadpool(server.knows, body.model):
         raise NotFound("model_not_found", f"The model {body.model} is not loaded.")
     told = _told(server.engine, body, request)
     if body.stream:

@@ -146,12 +146,12 @@ def _fetched(storage: Storage, key: str, name: str) -> Contract:
         NotFound: `file_missing`.
         StorageFull: no room left.
     """
-    with TemporaryDirectory(prefix=f"{name}-") as folder:
-        try:
+    try:
+        with TemporaryDirectory(prefix=f"{name}-") as folder:
             for file in _PROMPT_FILES:
                 storage.get(f"{key}/{file}", Path(folder, file))
-        except OSError as error:
-            if is_disk_full(error):
-                raise StorageFull(folder) from error
-            raise
-        return contracts.load_cached(Path(folder))
+            return contracts.load_shared(Path(folder))
+    except OSError as error:
+        if is_disk_full(error):
+            raise StorageFull(f"the prompt contract of {name}") from error
+        raise

@@ -56,7 +56,12 @@ _tokenizers: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 @lru_cache(maxsize=256)
 def load_cached(folder: Path) -> Contract:
-    """`load` for a server. The folder's content must never change under the same path."""
+    """`load_shared`, once. The folder's content must never change under the same path."""
+    return load_shared(folder)
+
+
+def load_shared(folder: Path) -> Contract:
+    """`load` for a server: contracts with the same tokenizer have one in memory."""
     contract = load(folder)
     content = hashlib.sha256()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -52,16 +52,25 @@ def test_an_adapter_in_a_bucket_is_fetched_once_and_leaves_no_files(
         fetched.append(key)
         get(storage, key, target)
 
+    def full_folder(**_asked: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     def full(_storage: Storage, _key: str, _target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     body = {"prompt": "a", "adapter_id": row.id}
-    monkeypatch.setattr(Storage, "get", full)
-    refused(api.client.post("/generate", json=body), 507, "storage_full")
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "get", full)
+        refused(api.client.post("/generate", json=body), 507, "storage_full")
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "TemporaryDirectory", full_folder)
+        refused(api.client.post("/generate", json=body), 507, "storage_full")
+    kept = contract.load_cached.cache_info().currsize
     monkeypatch.setattr(Storage, "get", counted)
     for _ in range(2):
         refused(api.client.post("/generate", json=body), 503, "engine_unavailable")
     assert len(fetched) == len(models._PROMPT_FILES)
+    assert contract.load_cached.cache_info().currsize == kept
     assert not list((tmp_path / "home").rglob("tokenizer.json"))
 
 

@@ -166,3 +166,6 @@ def test_adapters_of_one_base_share_its_tokenizer_and_nothing_else(tmp_path: Pat
     assert one.tokenizer is two.tokenizer
     assert other.tokenizer is not one.tokenizer
     assert contracts.load_cached(folders[0]) is one
+    again = contracts.load_shared(folders[0])
+    assert again is not one
+    assert again.tokenizer is one.tokenizer

@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from api.schemas.common import Request
-from api.schemas.generate import Message, Sampled, refuse_last_answer
+from api.schemas.generate import WHOLE, Message, Sampled, refuse_last_answer
 from core.errors import BadRequest
 
-_LIST = Annotated[list[int], Field(min_length=1)]
+_TOKENS = Annotated[list[Annotated[int, WHOLE]], Field(min_length=1)]
+_AtLeastOne = Annotated[int, Field(ge=1), WHOLE]
+_UpTo20 = Annotated[int, Field(ge=0, le=20), WHOLE]
 _MOST_PROMPTS = 32
 
 # Fields of OpenAI's that Graft does not serve, with the values that ask for nothing.
@@ -42,8 +44,8 @@ class Asked(Sampled):
     """What chat and completions share."""
 
     model: str = Field(min_length=1, max_length=200)
-    n: int | None = Field(None, ge=1, le=8)
-    stream: bool | None = None
+    n: Annotated[int, Field(ge=1, le=8), WHOLE] | None = None
+    stream: bool | None = None  # before the prompts of completions, which are checked against it
     stream_options: StreamOptions | None = None
     # Of no meaning here.
     user: str | None = None
@@ -91,10 +93,10 @@ class ChatRequest(Asked):
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
     tools: list[dict[str, Any]] | None = Field(None, max_length=128)
     tool_choice: Literal["auto", "none"] | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    max_completion_tokens: _AtLeastOne | None = None
+    max_tokens: _AtLeastOne | None = None
+    logprobs: bool | None = None  # before top_logprobs, which are checked against it
+    top_logprobs: _UpTo20 | None = None
 
     @field_validator("messages")
     @classmethod
@@ -105,7 +107,8 @@ class ChatRequest(Asked):
     @field_validator("top_logprobs")
     @classmethod
     def _of_logprobs(cls, top_logprobs: int, others: ValidationInfo) -> int:
-        if top_logprobs and not others.data.get("logprobs"):
+        # One that is wrong itself is not there, and has its own error.
+        if top_logprobs and "logprobs" in others.data and not others.data["logprobs"]:
             raise ValueError("top_logprobs need logprobs")
         return top_logprobs
 
@@ -122,11 +125,11 @@ class CompletionRequest(Asked):
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
-        | _LIST
-        | Annotated[list[_LIST], Field(min_length=1, max_length=_MOST_PROMPTS)]
+        | _TOKENS
+        | Annotated[list[_TOKENS], Field(min_length=1, max_length=_MOST_PROMPTS)]
     )
-    max_tokens: int | None = Field(None, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=20)
+    max_tokens: _AtLeastOne | None = None
+    logprobs: _UpTo20 | None = None
 
     @field_validator("prompt")
     @classmethod

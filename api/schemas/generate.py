@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -19,6 +20,14 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 # One way to write each, or two keys could mean the same token.
 TokenId = Annotated[str, StringConstraints(pattern="^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# JSON knows one kind of number: 100.0 is what languages write that have no integers.
+WHOLE = BeforeValidator(_whole)
 
 _COLDEST = 0.01
 _MOST_TARGETS = 16
@@ -53,14 +62,14 @@ class Sampled(Request):
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=1000)
+    top_k: Annotated[int, Field(ge=-1, le=1000), WHOLE] | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.1, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -100,11 +109,10 @@ class Prompted(Sampled):
     tools: list[dict[str, Any]] | None = Field(None, max_length=128)
     prompt: str | None = None
     raw: bool = False
-    max_new_tokens: int = Field(256, ge=1, le=32_768)
+    max_new_tokens: Annotated[int, Field(ge=1, le=32_768), WHOLE] = 256
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, le=1000)
-    seed: int | None = Field(None, ge=0, lt=2**31)
+    top_k: Annotated[int, Field(ge=0, le=1000), WHOLE] = 0
 
     @field_validator("temperature")
     @classmethod
@@ -138,8 +146,8 @@ class GenerateRequest(Prompted):
 
     adapter_id: str | None = None
     model: str | None = None
-    stream: bool = False
-    n: int = Field(1, ge=1, le=8)
+    stream: bool = False  # before n, which is checked against it
+    n: Annotated[int, Field(ge=1, le=8), WHOLE] = 1
 
     @field_validator("n")
     @classmethod

@@ -11,6 +11,7 @@ from openai.resources.chat.completions import Completions as Chat
 from openai.resources.completions import Completions
 
 from api.openai.schemas import _UNSERVED, ChatRequest, CompletionRequest
+from api.schemas.generate import GenerateRequest
 from tests import tiny
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.serving.vllm import Vllm
@@ -63,6 +64,10 @@ def test_what_is_null_is_not_given(shared_api: Api, path: str) -> None:
         ("temperature", True),
         ("top_k", "5"),
         ("seed", True),
+        ("seed", "5"),
+        ("seed", 1.5),
+        ("seed", 2**63),
+        ("seed", 1e300),
         ("logit_bias", {"5": "1"}),
         ("logit_bias", {"5": True}),
         *(("logit_bias", {key: 1}) for key in ("05", "+5", " 5", "5.0", "1_0", "-5", "٣", "")),
@@ -87,6 +92,26 @@ def test_integers_are_numbers_too(shared_api: Api, path: str) -> None:
     answered(shared_api, path, temperature=1, top_p=1, logit_bias={"0": 1, "10": -1})
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_whole_numbers_with_a_point_are_integers(shared_api: Api, path: str) -> None:
+    names = {
+        "/v1/chat/completions": ["max_tokens", "n"],
+        "/v1/completions": ["max_tokens", "logprobs", "n"],
+        "/generate": ["max_new_tokens", "n"],
+        "/compare": ["max_new_tokens"],
+    }[path]
+    answered(shared_api, path, **dict.fromkeys([*names, "top_k", "seed"], 1.0))
+    status = 400 if path.startswith("/v1") else 422
+    for name in names:
+        for value in ("1", True, 1.5):
+            assert refused(ask(shared_api, path, **{name: value}), status)["param"] == name
+
+
+def test_token_ids_with_a_point_are_integers() -> None:
+    asked = CompletionRequest(**{**COMPLETION, "prompt": [[1.0, 2], [3.0]]})
+    assert str(asked.prompts) == "[[1, 2], [3]]"
+
+
 @pytest.mark.parametrize(
     ("path", "changes", "param"),
     [
@@ -104,9 +129,17 @@ def test_what_two_fields_forbid_is_named(shared_api: Api, path: str, changes: An
     assert error["param"] == param
 
 
+def test_what_another_field_decides_is_no_error_while_that_one_is_wrong(shared_api: Api) -> None:
+    answer = ask(shared_api, "/v1/chat/completions", logprobs="yes", top_logprobs=2)
+    error = refused(answer, 400, "invalid_request")
+    assert error["param"] == "logprobs"
+    assert "top_logprobs" not in str(error)
+
+
 @pytest.mark.parametrize("seed", [0, 40, 40 + 2**31, -1, -(2**63), 2**63 - 1])
 def test_a_seed_reaches_the_engine_as_it_is(seed: int) -> None:
-    assert ChatRequest(**CHAT, seed=seed).sampling()["seed"] == seed
+    for asked in (ChatRequest(**CHAT, seed=seed), GenerateRequest(**GENERATE, seed=seed)):
+        assert asked.sampling()["seed"] == seed
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tupl
 def _check_modules(services: Services, name: str, spec: Spec) -> None:
     """Where the base model's files are here; otherwise the trainer finds out."""
     model = catalogue.find(services.catalogue, name)
-    if model.ready and spec.lora.target_modules != "all-linear":
-        support.check_modules(spec, catalogue.weights(model))
+    if model.ready and (there := catalogue.matrices(model)):
+        support.check_modules(spec.lora.target_modules, there)
 
 
 def preset_of(body: JobCreate, model: str, spec: Spec, dataset: Dataset) -> dict[str, Any] | None:

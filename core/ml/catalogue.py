@@ -24,6 +24,7 @@ from core.errors import GraftError, NotFound, StorageFull, is_disk_full, nearest
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_SECONDS = 5
 _SERVER_ERROR = 500
+_MATRIX = 2
 _NOT_ASKED = ", and the Hugging Face hub cannot be asked from here"
 _HUB_FILES = [
     "config.json",
@@ -136,18 +137,18 @@ def configuration(model: BaseModel) -> dict[str, Any]:
     return found
 
 
-def weights(model: BaseModel) -> set[str]:
-    """The names of the modules that have a matrix as their weight, read from the files' headers; of a model whose files are
-    here."""
+def matrices(model: BaseModel) -> set[str]:
+    """The names of the modules whose weight is a matrix, without those of embeddings and experts; read from the headers of
+    a model's files that are here. There may be some among them that are no linear layers."""
     found = set()
     for path in sorted(model.path.glob("*.safetensors")):
         with safe_open(path, "np") as file:
             found |= {
                 name.removesuffix(".weight")
                 for name in file.offset_keys()
-                if name.endswith(".weight") and len(file.get_slice(name).get_shape()) > 1
+                if name.endswith(".weight") and len(file.get_slice(name).get_shape()) == _MATRIX
             }
-    return found
+    return {name for name in found if "embed" not in name and ".experts." not in name}
 
 
 def describe(model: BaseModel) -> dict[str, Any]:

@@ -15,6 +15,7 @@ def kept() -> dict[str, Any]:
     """A spec as the first attempt left it: nothing in it is "auto"."""
     spec = config.settle(Spec()).model_dump() | {"validation": {"fraction": 0.1}}
     spec["training"] |= {"batch_size": 8, "max_length": 120, "loss_on": "assistant", "packing": False}
+    spec["training"]["neftune_alpha"] = 5.0
     return spec
 
 
@@ -55,6 +56,7 @@ def test_a_value_that_was_settled_and_no_longer_fits_is_explained(kept: dict[str
         ({"training": {"max_steps": 40, "learning_rate": 0.1}}, ["training.learning_rate"]),
         ({"training": {"max_steps": 40, "batch_size": 4}, "lora": {"dropout": 0.1}}, ["lora.dropout"]),
         ({"training": {"epochs": 4, "weight_decay": 0.1}}, ["training.weight_decay"]),
+        ({"training": {"epochs": 4, "neftune_alpha": None}}, ["training.neftune_alpha"]),
         ({"training": {"max_steps": 39}}, ["training.max_steps"]),
         ({"training": {"epochs": 3.95}}, []),
         ({"training": {"epochs": 3.8}}, ["training.epochs"]),

@@ -28,12 +28,3 @@ def test_a_free_worker_measures_and_keeps_nothing(service: Service, rows_file: P
         assert job["status"] == "succeeded"
         assert job["spec"] == found["spec"]
         assert job["progress"]["total_steps"] == found["total_steps"]
-
-
-def test_what_the_model_refuses_is_found_by_the_probe(service: Service, rows_file: Path) -> None:
-    with service.client() as client:
-        dataset_id = client.upload(rows_file)["id"]
-        found = client.preflight({"dataset_id": dataset_id, "lora": {"target_modules": ["embed_tokens"]}})
-        assert not found["ok"]
-        (problem,) = found["problems"]
-        assert (problem["code"], problem["param"]) == ("unknown_target_modules", "lora.target_modules")

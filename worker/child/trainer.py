@@ -91,7 +91,7 @@ def prove(run: Run, folder: Path, facts: Mapping[str, Any], report: Report, stop
 
     with _reporting(report, run.work, facts.get("job_id")):
         try:
-            proof = certificate.prove(run, folder, facts, tick, partial(alive, report))
+            proof = certificate.prove(run, folder, facts, tick, partial(alive, report, sft.LONG_SECONDS))
         except _StoppedError:
             report("stopped")
         else:

@@ -10,7 +10,7 @@ check_loss          fail  adapter_differs     the loss on 16 rows is that of tra
                                               precision rounds over so few tokens
 eval_loss           fail  adapter_differs     so is that on all validation rows, where there are few enough of them
 stop_rate           warn                      4 of 5 answers end by themselves
-metrics             warn                      each metric that was asked for says something of some row
+metrics             warn                      each metric of the job says something of some validation row
 
 What fails says that the files are not what was trained, or do nothing: nobody could want them. Whether answers
 stop is a matter of the data and the length of the training, for people to judge.
@@ -204,5 +204,7 @@ def metrics(found: Evaluation) -> list[Check]:
     if not found.unscored:
         return []
     names = ", ".join(found.unscored)
-    detail = f"No validation row can be scored by {names}: of another kind, too long, or trained too."
+    detail = (
+        f"No validation row can be scored by {names}: its expected answer is of another kind, or too long."
+    )
     return [Check("metrics", False, "warn", list(found.unscored), [], detail)]

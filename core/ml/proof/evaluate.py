@@ -61,7 +61,7 @@ class Side:
 @dataclass(frozen=True)
 class Evaluation:
     """`kept` are the places of validation rows in the losses that prove something; `passes` over the training rows;
-    `unscored`: metrics that were asked for and say nothing of any row."""
+    `unscored`: metrics of the spec that say nothing of any row."""
 
     base: Side
     adapter: Side
@@ -167,11 +167,11 @@ def evaluate(
     base, adapter = side(base=True), side(base=False)
     rows_asked = [question.row for question in fitting.values()]
     assert spec.evaluation.metrics != "auto"
-    metrics = spec.evaluation.metrics if rows.valid_count else []
+    metrics = spec.evaluation.metrics if kept else []
     texts = [[answer.text for answer in side.answers] for side in (base, adapter)]
     scored, unscored = [], []
     for metric in metrics:
-        found = scores.compare(metric, rows_asked, *texts) if rows_asked and kept else []
+        found = scores.compare(metric, rows_asked, *texts) if rows_asked else []
         scored += found
         unscored += [] if found else [metric]
         tick()
@@ -247,7 +247,8 @@ def _better(found: Evaluation) -> tuple[Better | None, str]:
     if loss is None and found.valid:
         return (
             None,
-            "All validation rows are trained, too, so nobody can tell whether it is better than its base model.",
+            "All validation rows are trained, too, so nobody can tell whether it is better than its base model, and no "
+            "answer was scored.",
         )
     if loss is None:
         return None, "Without validation rows nobody can tell whether it is better than its base model."

@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available
 from trl import SFTConfig
 
-from core.errors import BadRequest
 from core.ml import base_model
 from core.ml.base_model import Precision
 from core.ml.catalogue import BaseModel
@@ -67,7 +66,7 @@ def with_adapter(model: Any, spec: Spec) -> PeftModel:
     base_model.unfuse(model)
     set_seed(spec.seed)
     lora = spec.lora
-    _check_names(model, lora.target_modules)
+    support.check_modules(lora.target_modules, _linear(model))
     try:
         adapted = get_peft_model(
             model,
@@ -83,33 +82,20 @@ def with_adapter(model: Any, spec: Spec) -> PeftModel:
             ),
         )
     except ValueError as error:
-        raise _unknown(model, f"LoRA cannot be put on {lora.target_modules}: {error}") from error
+        message = f"LoRA cannot be put on {lora.target_modules}: {error}"
+        raise support.unknown_modules(message, _linear(model)) from error
     assert isinstance(adapted, PeftModel)
     return adapted
 
 
-def _check_names(model: Any, names: str | list[str]) -> None:
-    """peft passes over names that no module has, as long as there is one that has."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    missing = [
+def _linear(model: Any) -> list[str]:
+    """The names of the layers that can be adapted."""
+    head = model.get_output_embeddings()
+    return [
         name
-        for name in ([] if isinstance(names, str) else names)
-        if not any(there == name or there.endswith(f".{name}") for there in linear)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     ]
-    if missing:
-        raise _unknown(model, f"The model has no linear layer named {' or '.join(missing)}.")
-
-
-def _unknown(model: Any, message: str) -> BadRequest:
-    names = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
-        }
-    )
-    hint = f'Use "all-linear" or some of: {", ".join(names)}.'
-    return BadRequest("unknown_target_modules", message, param="lora.target_modules", hint=hint)
 
 
 def trainer_of(

@@ -5,6 +5,7 @@ r 16, learning rate 2e-4, gradient clipping at 0.3 (Dettmers and others, arXiv 2
 `default_qlora` spells them out. A field's description is the reason of its bounds: it is the hint of the error.
 """
 
+import math
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -208,6 +209,11 @@ def settle(spec: Spec) -> Spec:
     if training.epochs is None and training.max_steps is None:
         changes["epochs"] = 3.0
     return spec.model_copy(update={"training": training.model_copy(update=changes)})
+
+
+def steps(training: Training, epoch: int) -> int:
+    """Optimizer steps of a run, of which a pass over the rows takes `epoch`."""
+    return training.max_steps or math.ceil((training.epochs or 1) * epoch)
 
 
 # The settings of a LoRA in peft's names and in ours, and what peft writes beside them that changes no training.

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from core.errors import BadRequest
 from core.ml.scores import choice
+from core.ml.training import config
 from core.ml.training.config import Evaluation, Spec, Training
 from core.ml.training.data import Rows
 from core.ml.training.spec import memory, support
@@ -190,8 +191,7 @@ def _longest(rows: Rows) -> int:
 
 def total_steps(spec: Spec, rows: int) -> int:
     """Optimizer steps over so many training rows."""
-    training = spec.training
-    return training.max_steps or math.ceil((training.epochs or 1) * steps_per_epoch(spec, rows))
+    return config.steps(spec.training, steps_per_epoch(spec, rows))
 
 
 def steps_per_epoch(spec: Spec, rows: int) -> int:

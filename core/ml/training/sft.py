@@ -30,6 +30,9 @@ from core.ml.training.plan import Plan
 from core.ml.training.run import Run
 from core.ml.training.spec import memory
 
+# What rows or a model may take to be read; beyond it the silence is a standstill.
+LONG_SECONDS = 3600.0
+
 
 @dataclass(frozen=True)
 class Result:
@@ -60,6 +63,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     report("phase", phase="preparing")
     with alive(report):
         base_model.prepare(run.model)
+    with alive(report, LONG_SECONDS):
         contract = contracts.load(run.model.path)
         context = catalogue.context(run.model)
         rows = checked_rows(run, contract, context=context)
@@ -74,7 +78,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
 
     report("phase", phase="loading_model")
     started = time.monotonic()
-    with alive(report):
+    with alive(report, LONG_SECONDS):
         model = assembly.loaded(run.model, precision, planned)
         first = _first_weights(run, spec, model)
     report("model_loaded", seconds=time.monotonic() - started)
@@ -84,10 +88,15 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
     progress = Progress(run, spec, report)
     sampler = Sampler(report, stop, contract, samples.prompts_of(spec, contract, rows, context, report))
     try:
-        with alive(report):
+        with alive(report, LONG_SECONDS):
             trainer = assembly.trainer_of(model, planned, precision, contract, rows, run.work / "checkpoints")
         trainer.watchdog = guard.Watchdog(
-            report, progress, spec, run.recoveries, _line_of(rows), model.config.vocab_size
+            report,
+            progress,
+            spec,
+            run.recoveries,
+            _line_of(rows),
+            model.get_input_embeddings().num_embeddings,
         )
         for callback in (
             progress,

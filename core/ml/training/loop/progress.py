@@ -15,6 +15,7 @@ from core.ml.training import ranks
 from core.ml.training.config import Spec
 from core.ml.training.files.checkpoints import WEIGHTS
 from core.ml.training.run import Run
+from core.ml.training.spec import changes
 
 _KEPT = (
     "seconds", "tokens", "skipped", "best_loss", "best_step", "best_precision", "waited", "ended", "training"
@@ -39,7 +40,7 @@ class Progress(TrainerCallback, ExportableState):
         self.precision = spec.quantization.compute_dtype
         self.best_precision: str | None = None
         self.ended: str | None = None
-        self.training = spec.training.model_dump()
+        self.training = changes.decides(spec.training.model_dump())
         self.suspicious = False
         self.resumable = run.resume is not None
         self._since: float | None = None

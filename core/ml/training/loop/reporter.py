@@ -34,12 +34,13 @@ class Report(Protocol):
 
 
 @contextmanager
-def alive(report: Report) -> Iterator[None]:
-    """Show that the work goes on while a library does something long in silence, such as a download."""
-    over = threading.Event()
+def alive(report: Report, seconds: float = math.inf) -> Iterator[None]:
+    """Show that the work goes on while a library does something long in silence, such as a download; for so many seconds at
+    most."""
+    over, until = threading.Event(), time.monotonic() + seconds
 
     def tell() -> None:
-        while not over.wait(_ALIVE_SECONDS):
+        while not over.wait(_ALIVE_SECONDS) and time.monotonic() < until:
             report("alive")
 
     thread = threading.Thread(target=tell, daemon=True)

@@ -1,13 +1,12 @@
 """Changes to the spec of a job that ran already: merged field by field, and what they do to its checkpoints. No torch."""
 
-import math
 from typing import Any
 
 from pydantic import ValidationError
 
 from core.errors import BadRequest
 from core.ml.training import config
-from core.ml.training.config import Spec
+from core.ml.training.config import Spec, Training
 from core.ml.training.spec import support
 
 Json = dict[str, Any]
@@ -35,8 +34,7 @@ _FOUNDATIONS = (
     "training.packing",
 )
 _LENGTHS = ("epochs", "max_steps")
-# How steps are computed; all else of the training decides what they come to.
-_COMPUTED = ("training.batch_size", "training.gradient_checkpointing")
+_COMPUTED = ("batch_size", "gradient_checkpointing")
 
 
 def merged(kept: Json, changes: Json) -> Json:
@@ -114,26 +112,22 @@ def unfit(before: Json, after: Json, step: int, epoch: int | None) -> list[str]:
     `epoch`: the steps of one, where that is known. A checkpoint beyond the new end was trained for longer than is asked
     for; at the end no step is left that other settings could change.
     """
-    different = {name: value for name, value in changed(before, after).items() if value is not None}
+    different = changed(before, after)
     found = [name for name in different if name in _FOUNDATIONS]
-    length = [f"training.{name}" for name in _LENGTHS if f"training.{name}" in different]
-    total = _steps(after["training"], epoch)
-    if length and (total is None or total < step):
-        found += length
+    lengths = [name for length in _LENGTHS if different.get(name := f"training.{length}") is not None]
+    training = Training.model_validate(after["training"])
+    total = None if training.max_steps is None and epoch is None else config.steps(training, epoch or 0)
+    if lengths and (total is None or total < step):
+        found += lengths
     elif total == step:
-        found += [
-            name
-            for name in different
-            if name == "lora.dropout"
-            or (name.startswith("training.") and name not in (*found, *length, *_COMPUTED))
-        ]
+        deciding = {f"training.{name}" for name in decides(after["training"])} | {"lora.dropout"}
+        found += [name for name in different if name in deciding and name not in found]
     return found
 
 
-def _steps(training: Json, epoch: int | None) -> int | None:
-    if training["max_steps"] is not None:
-        return int(training["max_steps"])
-    return None if epoch is None else math.ceil((training["epochs"] or 1) * epoch)
+def decides(training: Json) -> Json:
+    """What of a spec's `training` decides what its steps come to: not how they are computed, nor how many there are."""
+    return {name: value for name, value in training.items() if name not in (*_LENGTHS, *_COMPUTED)}
 
 
 def _joined(spec: Json, changes: Json) -> Json:

@@ -1,5 +1,7 @@
 """What a device or a precision cannot do, refused before anything is loaded, with the reason. No torch."""
 
+from collections.abc import Iterable
+
 from core.errors import BadRequest
 from core.ml.training.config import Optimizer, Spec
 
@@ -57,26 +59,27 @@ def check(spec: Spec) -> None:
         )
 
 
-def check_modules(spec: Spec, weights: set[str]) -> None:
-    """What the names of the base model's `weights` show of the modules that are to be adapted.
+def check_modules(names: str | list[str], there: Iterable[str]) -> None:
+    """Whether each of the names that are to be adapted is the end of a module's that is `there`: peft passes over those that
+    no module has, as long as there is one that has.
 
     Raises:
         BadRequest: `unknown_target_modules`.
     """
-    names = spec.lora.target_modules
+    every = list(there)
     missing = [
         name
         for name in ([] if isinstance(names, str) else names)
-        if not any(there == name or there.endswith(f".{name}") for there in weights)
+        if not any(module == name or module.endswith(f".{name}") for module in every)
     ]
-    if missing and weights:
-        layers = sorted({there.rpartition(".")[2] for there in weights if "embed" not in there} - {"lm_head"})
-        raise BadRequest(
-            "unknown_target_modules",
-            f"The model has no linear layer named {' or '.join(missing[:_NAMED])}.",
-            param="lora.target_modules",
-            hint=f'Use "all-linear" or some of: {", ".join(layers)}.',
-        )
+    if missing:
+        raise unknown_modules(f"The model has no linear layer named {' or '.join(missing[:_NAMED])}.", every)
+
+
+def unknown_modules(message: str, there: Iterable[str]) -> BadRequest:
+    names = sorted({name.rpartition(".")[2] for name in there} - {"lm_head"})
+    hint = f'Use "all-linear" or some of: {", ".join(names)}.'
+    return BadRequest("unknown_target_modules", message, param="lora.target_modules", hint=hint)
 
 
 def check_sharded(spec: Spec) -> None:

@@ -131,20 +131,14 @@ class Client:
         return self._call("DELETE", f"/jobs/{job_id}", params={"adapter": with_adapter})
 
     def checkpoints(self, job_id: str) -> list[Json]:
-        return self._listed(f"/jobs/{job_id}/checkpoints", limit=100)
+        return list(self._pages(f"/jobs/{job_id}/checkpoints", after="step"))
 
     def metrics(self, job_id: str) -> list[Json]:
         return self._listed(f"/jobs/{job_id}/metrics")
 
     def events(self, job_id: str, page_size: int = 100) -> Iterator[Json]:
         """All of them, newest first, asked for in pages as they are read."""
-        query: Json = {"limit": page_size}
-        more = True
-        while more:
-            page = self._call("GET", f"/jobs/{job_id}/events", params=query)
-            yield from page["data"]
-            more = page["has_more"]
-            query["after"] = page["data"][-1]["id"] if more else None
+        return self._pages(f"/jobs/{job_id}/events", page_size)
 
     def logs(self, job_id: str) -> Iterator[str]:
         """The lines that worker and trainer wrote about the job."""
@@ -173,7 +167,7 @@ class Client:
         return self._listed("/models")
 
     def presets(self) -> list[Json]:
-        return self._listed("/presets", limit=100)
+        return list(self._pages("/presets"))
 
     def adapters(self, limit: int = 20) -> list[Json]:
         return self._listed("/adapters", limit=limit)
@@ -227,8 +221,15 @@ class Client:
                     yield event, data
 
     def _listed(self, path: str, **query: Any) -> list[Json]:
-        listed: list[Json] = self._call("GET", path, params=query)["data"]
-        return listed
+        return list(self._call("GET", path, params=query)["data"])
+
+    def _pages(self, path: str, page_size: int = 100, *, after: str = "id") -> Iterator[Json]:
+        """`after` is the field of the last one that the next page is asked for with."""
+        query: Json = {"limit": page_size}
+        while query:
+            page = self._call("GET", path, params=query)
+            yield from page["data"]
+            query = query | {"after": page["data"][-1][after]} if page["has_more"] else {}
 
     def _call(self, method: str, path: str, **options: Any) -> Json:
         try:

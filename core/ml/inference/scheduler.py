@@ -186,7 +186,7 @@ class Scheduler:
         found, broken = [], None
         for one, row in rows:
             try:
-                logits = self.model.read([row])
+                logits = self._alone(row)
             except torch.OutOfMemoryError as error:
                 # It asks for more than there is; that says nothing of the engine.
                 one.fail(failed(error))
@@ -202,6 +202,14 @@ class Scheduler:
         if self._failures >= _FAILURES:
             raise EngineBroken(str(broken)) from broken
         return found
+
+    def _alone(self, row: Row) -> Tensor:
+        """The logits of one row; where memory is short, with all the room that can be made."""
+        try:
+            return self.model.read([row])
+        except torch.OutOfMemoryError as error:
+            self._make_room(error)
+        return self.model.read([row])
 
     def _choose(self, one: Answering, logits: Tensor) -> None:
         assert one.sampler is not None

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from core.ml.inference.answering import Answering, Request
 from core.ml.inference.batch.attention import Cache
 from core.ml.inference.batch.lora import linear_layers
-from core.ml.inference.batch.model import ARCHITECTURES, Batched, supported
+from core.ml.inference.batch.model import ARCHITECTURES, Batched, Row, supported
 from core.ml.inference.sampling import Sampling
 from core.ml.inference.scheduler import Limits, Scheduler
 from core.ml.inference.store import adapters
@@ -188,6 +188,31 @@ def test_too_little_memory_to_keep_a_prompt_keeps_none(llama: Case, monkeypatch:
     one = llama.ask(0, 5)
     finish(scheduler, [one])
     assert one.new == llama.alone[0, 5]
+
+
+def test_a_row_alone_that_finds_no_memory_is_read_once_more_with_room_made(
+    llama: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = llama.scheduler(64, room=10_000, prefix_bytes=2**20)
+    finish(scheduler, [llama.ask(0, 5)])
+    assert scheduler.prefixes._blocks
+    read = scheduler.model.read
+    failed = []
+
+    def reads(rows: Sequence[Row]) -> torch.Tensor:
+        if len(rows) > 1:
+            failed.append("all")
+            raise RuntimeError("a kernel")
+        if scheduler.prefixes._blocks:
+            failed.append("one")
+            raise torch.OutOfMemoryError("no memory")
+        return read(rows)
+
+    monkeypatch.setattr(scheduler.model, "read", reads)
+    first, second = llama.ask(0, 2), llama.ask(0, 3)
+    finish(scheduler, [first, second])
+    assert failed[:2] == ["all", "one"]
+    assert [first.new, second.new] == [llama.alone[0, 2], llama.alone[0, 3]]
 
 
 def test_steps_grow_again_after_a_shortage(llama: Case) -> None:

@@ -1,6 +1,6 @@
 """A data set as it would be trained, in the one form that other tools read."""
 
-import tempfile
+import itertools
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import IO, Annotated
@@ -13,19 +13,20 @@ from api.deps import CallerDep, ServicesDep, ready_model
 from api.requests import StrictRoute
 from core import strict_json
 from core.control import datasets, db
-from core.errors import BadRequest, StorageFull, is_disk_full
+from core.errors import BadRequest
 from core.ml import contract as contracts
 from core.ml import rendering
 from core.ml.formats import validate
 from core.ml.formats.chat import plain, weights
-from core.ml.formats.chat.example import Conversation
+from core.ml.formats.chat.example import Conversation, Example
 from core.ml.formats.validate import Reading
 from core.ml.prompts import LossOn
 from core.ml.rendering import Styles
+from core.storage import Storage
 
 router = APIRouter(prefix="/datasets", tags=["data sets"], route_class=StrictRoute)
 
-_CHUNK = 1024**2
+_CHUNK = 2**18
 
 
 class _JsonLines(StreamingResponse):
@@ -51,35 +52,43 @@ def conversations(
     if model is not None:
         styles = contracts.load_cached(ready_model(services, model).path).styles
     reading = datasets.reading(row, datasets.limits(services.settings))
-    # Written whole before the answer begins, so that a row that is refused is an answer of its own. Not closed here:
-    # it is on its way to the client when this function has returned.
-    target = tempfile.TemporaryFile(dir=services.settings.uploads)  # noqa: SIM115
-    try:
+    if loss_on == "completion":
+        # It refuses single rows: that has to show before the answer begins.
         with services.storage.open(row.key) as file:
-            for line in _lines(file, reading, loss_on, styles):
-                target.write(line)
-        size = target.tell()
-        target.seek(0)
-    except OSError as error:
-        if is_disk_full(error):
-            raise StorageFull("the conversations") from error
-        raise
+            for _ in _trained(file, reading, loss_on):
+                pass
+    lines = _lines(services.storage, row.key, reading, loss_on, styles)
+    # What is wrong with all rows shows at the first.
+    first = list(itertools.islice(lines, 1))
     name = f"{PurePath(row.filename).stem or row.id}.conversations.jsonl"
-    headers = {
-        "content-length": str(size),
-        "content-disposition": f"attachment; filename*=UTF-8''{quote(name)}",
-    }
-    return _JsonLines(iter(lambda: target.read(_CHUNK), b""), headers=headers)
+    headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
+    return _JsonLines(itertools.chain(first, lines), headers=headers)
 
 
-def _lines(file: IO[bytes], reading: Reading, loss_on: LossOn, styles: Styles) -> Iterator[bytes]:
+def _lines(storage: Storage, key: str, reading: Reading, loss_on: LossOn, styles: Styles) -> Iterator[bytes]:
+    """Many at a time, for each takes a turn of the server."""
+    with storage.open(key) as file:
+        made, size = [], 0
+        for example in _trained(file, reading, loss_on):
+            told = rendering.written(example, styles) if isinstance(example, Conversation) else example
+            made.append(strict_json.dumps(plain.row_of(told)).encode() + b"\n")
+            size += len(made[-1])
+            if size >= _CHUNK:
+                yield b"".join(made)
+                made, size = [], 0
+        yield b"".join(made)
+
+
+def _trained(file: IO[bytes], reading: Reading, loss_on: LossOn) -> Iterator[Example]:
+    """Every row with its weights as `loss_on` has them.
+
+    Raises:
+        BadRequest: `nothing_trained`, only under `completion`; `no_turns`, of all rows.
+    """
     for number, example in validate.conversations(file, reading):
         try:
-            trained = weights.weighted(example, loss_on)
+            yield weights.weighted(example, loss_on)
         except BadRequest as error:
             told = error.within(f"Line {number}")
             told.param = "loss_on"
             raise told from error
-        if isinstance(trained, Conversation):
-            trained = rendering.written(trained, styles)
-        yield strict_json.dumps(plain.row_of(trained)).encode() + b"\n"

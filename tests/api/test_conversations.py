@@ -1,13 +1,19 @@
 """A data set as it would be trained, in the form that other tools read."""
 
-import errno
+import asyncio
+import gc
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from api.routes import conversations
+from core.control.projects import Caller
+from core.ml.formats.chat import plain
+from core.ml.formats.chat.example import Example
+from core.storage import Storage
 from tests import tiny
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.corpus.case import answer, chat, user
@@ -23,7 +29,6 @@ def had(api: Api, dataset_id: str, **query: str) -> list[dict[str, Any]]:
     found = api.client.get(f"/datasets/{dataset_id}/conversations", params=query)
     assert found.status_code == 200, found.text
     assert found.headers["content-type"].startswith("application/x-ndjson")
-    assert int(found.headers["content-length"]) == len(found.content)
     return [json.loads(line) for line in found.content.splitlines()]
 
 
@@ -64,9 +69,10 @@ def test_what_is_had_is_previewed_like_the_data_set_itself(api: Api) -> None:
 
 
 @only_sqlite
-def test_what_cannot_be_had_is_an_error_with_its_line(api: Api) -> None:
+def test_what_cannot_be_had_is_an_error_with_its_line(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     last = chat(user("q"), answer("a"), user("q"), answer("b", weight=0))
     path = f"/datasets/{api.upload([CHATS[1], last]).json()['id']}/conversations"
+    monkeypatch.setattr(conversations, "_CHUNK", 1)  # the first line is on its way before the second is read
     error = refused(api.client.get(path, params={"loss_on": "completion"}), 422, "nothing_trained")
     assert (error["message"][:7], error["param"]) == ("Line 2:", "loss_on")
     texts = f"/datasets/{api.upload([{'text': 'one'}, {'text': 'two'}]).json()['id']}/conversations"
@@ -80,10 +86,43 @@ def test_what_cannot_be_had_is_an_error_with_its_line(api: Api) -> None:
 
 
 @only_sqlite
-def test_a_disk_that_gets_full_is_said(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> bytes:
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_lines_come_as_they_are_read_and_none_when_nobody_listens(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Example] = []
+    files: list[IO[bytes]] = []
+    row_of, opened = plain.row_of, Storage.open
 
-    path = f"/datasets/{api.upload(CHATS).json()['id']}/conversations"
-    monkeypatch.setattr(conversations, "_lines", full)
-    refused(api.client.get(path), 507, "storage_full")
+    def counted(example: Example) -> dict[str, Any]:
+        read.append(example)
+        return row_of(example)
+
+    def seen(storage: Storage, key: str) -> IO[bytes]:
+        files.append(opened(storage, key))
+        return files[-1]
+
+    dataset_id = api.upload(CHATS * 50).json()["id"]
+    whole = had(api, dataset_id)
+    monkeypatch.setattr(conversations, "_CHUNK", 1)
+    monkeypatch.setattr(plain, "row_of", counted)
+    monkeypatch.setattr(Storage, "open", seen)
+    assert had(api, dataset_id) == whole
+    assert files[0].closed
+    read.clear()
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 3:  # the head of the answer, a line, and another
+            raise OSError("nobody listens")
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    answer = conversations.conversations(dataset_id, api.services, Caller("key", api.project_id, "admin"))
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(answer({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send))
+    assert len(read) == 2
+    del answer
+    gc.collect()
+    assert files[1].closed

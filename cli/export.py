@@ -18,10 +18,6 @@ app = typer.Typer(
 )
 
 
-# How the head of a script says what gives its data.
-_COMMAND = "#   graft data "
-
-
 class Form(StrEnum):
     MERGED = "merged"
     GGUF = "gguf"
@@ -52,10 +48,7 @@ def job(
         sys.stdout.write(text)
         return
     output.write_text(text, encoding="utf-8")
-    say(console, f"Written to {output}. Its data:")
-    for line in text.splitlines():
-        if line.startswith(_COMMAND):
-            say(console, line.removeprefix("# "))
+    say(console, f"Written to {output}. The top of the file says how to get its data.")
 
 
 @app.command()

@@ -196,7 +196,18 @@ def test_the_commands_that_give_the_data_stand_at_the_top() -> None:
     assert (found["DATA"], found["VALID"]) == ("data.jsonl", "valid.jsonl")
     assert loaded("axolotl", spec)["datasets"][0]["path"] == "data.jsonl"
     assert loaded("axolotl", spec)["test_datasets"][0]["path"] == "valid.jsonl"
-    assert "deleted" in head("trl", data=Data("ds_1", None, False))
+
+
+def test_no_command_asks_for_rows_that_are_deleted() -> None:
+    deleted = Data("ds_1", None, False)
+    for tool in TOOLS:
+        said = head(tool, data=deleted)
+        assert "on a data set that is deleted" in said
+        assert "data.jsonl must come from somewhere else" in said
+        assert "graft data" not in said
+        said = head(tool, SPEC | {"validation": {"dataset_id": "ds_2"}}, deleted)
+        (command,) = [line for line in said.splitlines() if "graft data" in line]
+        assert command.startswith("#   graft data conversations ds_2 ")
 
 
 def test_no_name_runs_a_command() -> None:

@@ -81,9 +81,9 @@ def test_a_script_for_another_tool_names_the_command_that_gives_its_data(
         told = subprocess.run(
             [str(GRAFT), *asked], capture_output=True, text=True, env=environment, check=True
         )
-        (command,) = [line for line in told.stdout.splitlines() if "graft data" in line]
-        assert command.strip() in script.read_text()
-        _graft, _data, *words = shlex.split(command)
+        assert told.stdout == f"Written to {script}. The top of the file says how to get its data.\n"
+        (command,) = [line for line in script.read_text().splitlines() if "graft data" in line]
+        _sign, _graft, _data, *words = shlex.split(command)
         done = graft(service, *words[:-1], str(data))
         again = graft(service, *words[:-1], str(data))
     assert (done.returncode, done.stdout) == (0, f"Written to {data}.\n")

@@ -54,13 +54,16 @@ def _plan(job_id: str, model: str, kept: dict[str, Any]) -> Plan:
 def _head(plan: Plan, data: Data, said: list[str]) -> str:
     """The comment at the top: how the data is had, and what is otherwise. Nothing that people wrote ends a line of it."""
     rows = "a data set that is deleted" if data.filename is None else json.dumps(data.filename)
-    lines = [
-        f"Job {plan.job_id} of Graft: {json.dumps(plan.model)} on {rows}.",
-        "The data, as Graft trains it:",
-        f"  {_command(plan, data.dataset_id, DATA_FILE)}",
-    ]
+    lines = [f"Job {plan.job_id} of Graft: {json.dumps(plan.model)} on {rows}."]
+    commands = []
+    if data.filename is None:
+        lines.append(f"Graft has its rows no more: {DATA_FILE} must come from somewhere else.")
+    else:
+        commands.append(_command(plan, data.dataset_id, DATA_FILE))
     if plan.valid_id is not None:
-        lines.append(f"  {_command(plan, plan.valid_id, VALID_FILE)}")
+        commands.append(_command(plan, plan.valid_id, VALID_FILE))
+    if commands:
+        lines += ["The data, as Graft trains it:", *(f"  {command}" for command in commands)]
     lines += ["What is otherwise than in Graft:", *(f"- {note}" for note in said)]
     return "".join(f"# {' '.join(line.splitlines())}\n" for line in lines)
 

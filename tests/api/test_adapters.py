@@ -189,7 +189,7 @@ def test_without_an_engine_generation_is_unavailable(
         ({"prompt": "a", "top_p": 0}, "top_p"),
         ({"prompt": "a", "top_k": -1}, "top_k"),
         ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
-        ({"prompt": "a", "seed": -1}, "seed"),
+        ({"prompt": "a", "seed": 2**63}, "seed"),
         ({"prompt": "a", "stop": ["a"] * 5}, "stop"),
         ({"prompt": "a", "stop": [""]}, "stop.0"),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from cli.tokens import CLOSED, OPENED
 from graft_client.client import ApiError
-from tests.service import GRAFT, Service
+from tests.service import GRAFT, Service, wait_until
 
 pytestmark = pytest.mark.parametrize("service", ["sqlite and a folder"], indirect=True)
 
@@ -86,6 +86,8 @@ def test_a_script_for_another_tool_names_the_command_that_gives_its_data(
         _sign, _graft, _data, *words = shlex.split(command)
         done = graft(service, *words[:-1], str(data))
         again = graft(service, *words[:-1], str(data))
+        wait_until(lambda: client.job(job["id"])["status"] == "cancelled", "the job is cancelled")
+        client.delete_dataset(job["dataset_id"])
     assert (done.returncode, done.stdout) == (0, f"Written to {data}.\n")
     (first, _) = map(json.loads, data.read_text().splitlines())
     assert [turn["content"] for turn in first["messages"]] == ["how?", "like that"]

@@ -2,7 +2,8 @@
 
     python -m bench.plain_trl '{"model": …, "train": …, "output": …, "steps": …, "rows": …, …}'
 
-`config` and `lora` may hold more settings of SFTConfig and LoraConfig, `attention` names an implementation.
+`config` and `lora` may hold more settings of SFTConfig and LoraConfig, `attention` names an implementation, `dtype` is
+bfloat16 where it is not given.
 Prints one line of JSON: {losses, tokens, seconds, peak_bytes, gpu}.
 """
 
@@ -41,15 +42,16 @@ class Clock(TrainerCallback):
 def main() -> None:
     asked = json.loads(sys.argv[1])
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
+    dtype = getattr(torch, asked.get("dtype", "bfloat16"))
     model = AutoModelForCausalLM.from_pretrained(
         asked["model"],
-        dtype=torch.bfloat16,
+        dtype=dtype,
         attn_implementation=asked.get("attention"),
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         ),
     )
     lora = {"r": 16, "lora_alpha": 16} | asked.get("lora", {})

@@ -3,7 +3,8 @@
     python -m bench.training FOLDER [--steps 12] [--rows 8] [--rounds 1]
 
 FOLDER is the data set sql_create_context. Both train the service's base model in processes of their own: the same rows
-in the same order, the same hyperparameters, NF4 with double quantisation, bfloat16. The losses of every step and the
+in the same order, the same hyperparameters, NF4 with double quantisation, bfloat16 where the processor has units for it
+and float32 elsewhere. The losses of every step and the
 loss of the saved adapters on held-back rows, read by one evaluator, are compared: else it would not be the same work.
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from core import settings
+from core.ml import base_model
+from core.ml.quantization import Quantization
 from examples.demo import MAPPING, SYSTEM
 
 GRAFT = """
@@ -91,7 +94,10 @@ def compare(work: Path, data: Path, steps: int, rows: int, rounds: int) -> None:
         "rows": rows,
         "learning_rate": 2e-4,
         "mapping": MAPPING,
+        "dtype": (dtype := base_model.settle(Quantization()).dtype),
+        "config": {"bf16": dtype == "bfloat16"},
     }
+    print(f"in {dtype}")
     # As many rows for both: the order of a seed depends on their number.
     lines = (data / "train.jsonl").read_text().splitlines()[: steps * rows * 2]
     asked["data"] = str(written(work / "rows.jsonl", [json.loads(line) for line in lines]))

@@ -13,6 +13,8 @@ TOKENS = 16
 PROMPTS = [strong.prompt(20), *(strong.prompt(70)[:-6] + strong.prompt(6, seed) for seed in range(3))]
 VERSIONS = 2
 _END = 2
+# So many the tokenizer of the tiny model has.
+_TEXTS = 306
 
 
 @dataclass
@@ -51,5 +53,6 @@ def _learn(
 
 
 def written(tokens: Iterable[int]) -> list[int]:
-    """Without the end token, which is told of as chosen but is no part of the answer."""
-    return [token for token in tokens if token != _END]
+    """Without the end token, and those that the model has beyond its tokenizer's: without a text they are no part of an
+    answer, and at its end not told of."""
+    return [token for token in tokens if token != _END and token < _TEXTS]

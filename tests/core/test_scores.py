@@ -59,6 +59,25 @@ def test_fields_are_compared_one_by_one_in_any_order() -> None:
     assert scored("json_validity", [("{}", "{}")])["field_f1"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("expected", "answered", "score"),
+    [
+        ('{"a": []}', "{}", 0.0),
+        ("[]", "{}", 0.0),
+        ('{"a": 1}', '{"a": 1, "b": []}', 2 / 3),
+        ('{"a": 12345678901234567890}', '{"a": 12345678901234567891}', 0.0),
+    ],
+)
+def test_what_is_empty_or_a_long_number_is_a_value(expected: str, answered: str, score: float) -> None:
+    assert scored("json_validity", [(expected, answered)])["field_f1"] == pytest.approx(score)
+
+
+@pytest.mark.parametrize("digits", [310, 5_000])
+def test_a_number_beyond_all_others_is_only_wrong(digits: int) -> None:
+    answered = f'{{"a": {"1" * digits}}}'
+    assert scored("json_validity", [('{"a": 1}', answered)])["field_f1"] == 0.0
+
+
 def test_a_row_whose_expected_answer_is_no_json_says_nothing_of_it() -> None:
     rows = [Row("", "{}"), Row("", "I do not know.")]
     found = scores.compare("json_validity", rows, ["", "{}"], ["{}", "I do not know."])
@@ -72,6 +91,9 @@ def test_words_of_every_writing_are_compared() -> None:
     assert scored("rouge", [("the cat sat", "The cat lay")])["rouge_l"] == pytest.approx(2 / 3)
     assert scored("rouge", [("кот сидел", "кот сидел")])["rouge_l"] == 1.0
     assert 0 < scored("rouge", [("猫が座った", "猫が寝た")])["rouge_l"] < 1
+    assert scored("rouge", [("की", "के")])["rouge_l"] == 0.0
+    assert 0 < scored("rouge", [("สวัสดี", "สวย")])["rouge_l"] < 1
+    assert scored("rouge", [("👍👍", "👍👍"), ("!!!", "?")])["rouge_l"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -103,6 +125,35 @@ def test_joined_tables_have_rows_that_meet() -> None:
     assert sql.same_results(CITIES, join, join)
     assert not sql.same_results(CITIES, join, other)  # a city once, not once a person
     assert not sql.same_results(CITIES, join, join.replace("30", "31"))
+
+
+@pytest.mark.parametrize(
+    ("expected", "answered", "same"),
+    [
+        ("SELECT count(*) FROM people", "SELECT count(*) FROM cities", False),
+        ("SELECT count(*) FROM people", "SELECT 60", False),
+        ("SELECT count(*) FROM people", "SELECT count(*) FROM people WHERE age > 5", False),
+        ("SELECT id FROM people WHERE city_id IN (SELECT id FROM cities)", "SELECT id FROM people", False),
+        (
+            "SELECT id FROM people WHERE NOT city_id IN (SELECT id FROM cities)",
+            "SELECT id FROM people",
+            False,
+        ),
+        (
+            "SELECT age FROM people WHERE NOT city_id IN (SELECT id FROM cities)",
+            "SELECT age FROM people AS p WHERE NOT EXISTS (SELECT * FROM cities WHERE id = p.city_id)",
+            True,
+        ),
+    ],
+)
+def test_rows_tell_one_table_or_condition_from_another(expected: str, answered: str, same: bool) -> None:
+    assert sql.same_results(CITIES, expected, answered) is same
+
+
+@pytest.mark.parametrize("value", ["9" * 400, "'\udc00'", f"'{'x' * 6_000}'"])
+def test_what_an_answer_compares_with_never_leaves_the_row_out(value: str) -> None:
+    answered = f"SELECT count(*) FROM people WHERE age > {value}"
+    assert sql.same_results(CITIES, "SELECT count(*) FROM people", answered) is False
 
 
 @pytest.mark.parametrize("length", [4_900, 100_000])

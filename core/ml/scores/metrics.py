@@ -4,17 +4,18 @@ A request names metrics; a metric gives one or two scores, all from 0 to 1, more
 
 exact_match     exact_match: the same text, white space aside
 label_accuracy  label_accuracy: the same label, case and white space aside; macro_f1: mean F1 of the expected labels
-json_validity   json_valid: the whole answer is JSON; field_f1: F1 of its (path, value) pairs, lists in any order
+json_validity   json_valid: the whole answer is JSON; field_f1: F1 of its (path, value) pairs, lists in any order, with
+                what is empty as a value
 sql_execution   sql_execution: the query gives the expected one's rows on made-up tables
-rouge           rouge_l: ROUGE-L F1 over words
+rouge           rouge_l: ROUGE-L F1 over words; over signs where a text has no word
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -25,8 +26,9 @@ Values = NDArray[np.float64]
 
 RESAMPLES = 1_000
 _CONFIDENCE = 0.95
-# A word, or one sign of a writing without spaces.
-_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+# A word with its marks, or one letter of a writing without spaces.
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}&&\p{L}]"
+_WORDS = regex.compile(rf"{_UNSPACED}\p{{M}}*|(?:(?!{_UNSPACED})[\p{{L}}\p{{M}}\p{{N}}_])+", regex.V1)
 
 
 class Scored(NamedTuple):
@@ -85,7 +87,8 @@ def paired(
     adapter: Sequence[float] | Values,
     statistic: Callable[[Values], float] = np.mean,
 ) -> Scored:
-    """Base against adapter, row by row; the interval by paired bootstrap with a fixed seed."""
+    """Base against adapter, row by row; the interval by paired bootstrap with a fixed seed. `statistic` makes one number of
+    some rows' values."""
     one, other = np.asarray(base, dtype=float), np.asarray(adapter, dtype=float)
     picks = np.random.default_rng(0).integers(0, len(one), (RESAMPLES, len(one)))
     differences = [statistic(other[pick]) - statistic(one[pick]) for pick in picks]
@@ -147,31 +150,31 @@ def _field_f1(row: Row, answer: str) -> float | None:
     if given is None:
         return 0.0
     one, other = Counter(_fields(wanted)), Counter(_fields(given))
-    if not (one or other):
-        return 1.0
     return 2 * (one & other).total() / (one.total() + other.total())
 
 
-def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    if isinstance(value, dict):
+def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """Every value that holds no others, with its path and its kind: 1 is 1.0, but not true."""
+    if isinstance(value, dict) and value:
         for name, item in value.items():
             yield from _fields(item, (*path, name))
-    elif isinstance(value, list):
+    elif isinstance(value, list) and value:
         for item in value:
             yield from _fields(item, (*path, "[]"))
     elif isinstance(value, str):
-        yield path, f"text {' '.join(value.split())}"
+        yield path, "text", " ".join(value.split())
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield path, f"number {float(value)!r}"
+        yield path, "number", value
     else:
-        yield path, repr(value)
+        yield path, "other", repr(value)
 
 
 class _Words:
     """Every writing has words; the library's own tokenizer knows ASCII alone."""
 
     def tokenize(self, text: str) -> list[str]:
-        return _WORDS.findall(text.casefold())
+        words: list[str] = _WORDS.findall(text.casefold())
+        return words or list("".join(text.split()))
 
 
 _ROUGE = RougeScorer(["rougeL"], tokenizer=_Words())

@@ -10,16 +10,18 @@ import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Collection
-from itertools import count
+from itertools import count, islice
 
-_ROWS = 60
+# Rows of a table: between these, or each query that counts all rows of one would be right.
+_FEWEST_ROWS, _ROWS = 40, 60
 # One filling may hide a difference by chance; this many with other rows hardly ever do.
 _FILLINGS = 5
 _STEPS = 2_000_000
 _STEPS_PER_CALL = 1_000
 _MOST_RESULT_ROWS = 2_000
-# Values of columns that are joined: few enough to meet in two tables.
+# Values of columns that are joined: few enough to meet in two tables, and those of one are not those of another.
 _JOINED = 12
+_JOINED_HERE = 8
 
 _MAKES = {
     sqlite3.SQLITE_CREATE_TABLE,
@@ -57,6 +59,11 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])")
 _COMPARES = r"(?:[<>=!]{1,2}|(?:NOT\s+)?(?:LIKE|IN\s*\(|BETWEEN))\s*"
 _LITERAL = r"(?:'(?:[^']|'')*'|\"[^\"]*\"|\d+(?:\.\d+)?(?![\w.]))"
 _LIST = rf"{_LITERAL}(?:\s*(?:,|AND)\s*{_LITERAL})*"
+# The column NAME beside another one, or compared with what a query gives, or given by that.
+_JOINS = (
+    r"\bNAME\b\W*(?:=\s*[A-Za-z_]\w*\.\w|(?:NOT\s+)?IN\s*\(\s*SELECT\b)|=\s*\w+\.NAME\b"
+    r"|\bIN\s*\(\s*SELECT\s+(?:DISTINCT\s+)?(?:\w+\.)?NAME\b"
+)
 _NUMERIC_TYPE = re.compile(r"INT|REAL|FLOA|DOUB|NUM|DEC", re.IGNORECASE)
 _ORDER_BY = re.compile(r"\bORDER\s+BY\b", re.IGNORECASE)
 
@@ -89,6 +96,8 @@ def is_query(text: str) -> bool:
 def same_results(prompt: str, expected: str, predicted: str) -> bool | None:
     """Whether `predicted` is one query with the results of `expected`; rows in any order unless that orders them.
 
+    No value is NULL: what differs in that alone is taken for the same, such as count(*) and the count of a column.
+
     None: `expected` itself does not run on the tables of the prompt.
     """
     if len(expected) > _LONGEST:
@@ -96,13 +105,15 @@ def same_results(prompt: str, expected: str, predicted: str) -> bool | None:
     made = tables(prompt)
     fenced = _FENCE.search(predicted)
     predicted = fenced[1] if fenced else predicted
+    if len(predicted) > _LONGEST:
+        return False
     ordered = _ORDER_BY.search(_bare(expected)) is not None
     told = False
     for filling in range(_FILLINGS):
         try:
-            connection = _filled(made, expected, filling)
+            connection = _filled(made, expected, predicted, filling)
         except _REFUSALS:
-            return None
+            return False if _can_be_filled(made, expected) else None
         try:
             wanted = _result(connection, expected)
             if wanted is None:
@@ -125,11 +136,19 @@ def _plain(sql: str) -> str:
     return " ".join(sql.rstrip("; \n").lower().split())
 
 
-def _filled(statements: Collection[str], expected: str, filling: int) -> sqlite3.Connection:
+def _can_be_filled(statements: Collection[str], expected: str) -> bool:
+    try:
+        _filled(statements, expected, "", 0).close()
+    except _REFUSALS:
+        return False
+    return True
+
+
+def _filled(statements: Collection[str], expected: str, predicted: str, filling: int) -> sqlite3.Connection:
     """The tables in memory, filled, and open for reading only.
 
-    The rows hold the literals of `expected` and near misses of them in each column that could take them, so
-    that a wrong condition, column or aggregate has another result.
+    The rows hold the literals of `expected` and near misses of them in each column that could take them, and those that
+    `predicted` compares a column with, so that a wrong condition, column or aggregate has another result.
     """
     connection = sqlite3.connect(":memory:", isolation_level=None)
     for limit, value in _LIMITS.items():
@@ -144,31 +163,37 @@ def _filled(statements: Collection[str], expected: str, filling: int) -> sqlite3
         "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"
     ).fetchall():
         found = connection.execute(f"PRAGMA table_info({_quoted(table)})").fetchall()
-        columns = [_cells(str(c[1]), str(c[2]), bool(c[5]), expected, rng) for c in found]
+        columns = [_cells(str(c[1]), str(c[2]), bool(c[5]), expected, predicted, rng) for c in found]
         connection.executemany(
             f"INSERT OR IGNORE INTO {_quoted(table)} VALUES ({', '.join('?' * len(columns))})",  # noqa: S608
-            zip(*columns, strict=True),
+            islice(zip(*columns, strict=True), rng.randint(_FEWEST_ROWS, _ROWS)),
         )
     connection.set_authorizer(_only(_READS))
     return connection
 
 
-def _cells(column: str, declared: str, key: bool, expected: str, rng: random.Random) -> list[_Cell]:
+def _cells(
+    column: str, declared: str, key: bool, expected: str, predicted: str, rng: random.Random
+) -> list[_Cell]:
     name, bare = re.escape(column), _bare(expected)
     numeric = _NUMERIC_TYPE.search(declared) is not None
-    joined = rf"\b{name}\b\W*(?:=\s*[A-Za-z_]\w*\.\w|(?:NOT\s+)?IN\s*\(\s*SELECT\b)|=\s*\w+\.{name}\b"
-    if key or re.search(joined, bare, re.IGNORECASE):
-        known = [n if key else 1 + n % _JOINED for n in rng.sample(range(1, _ROWS + 1), _ROWS)]
+    if key or re.search(_JOINS.replace("NAME", name), bare, re.IGNORECASE):
+        every = rng.sample(range(1, _ROWS + 1), _ROWS)
+        known = every if key else rng.choices([1 + n % _JOINED for n in every[:_JOINED_HERE]], k=_ROWS)
         # Digits in text columns too: the other side of a join may have the other type.
         return [n if numeric else str(n) for n in known]
     # Ties would leave the order of a result open, so an ordered column holds no value twice.
     ordered = re.search(rf"\bORDER\s+BY\b.*\b{name}\b", bare, re.IGNORECASE | re.DOTALL) is not None
-    compared = _compared(name, expected)
+    compared, predictions = _compared(name, expected), _compared(name, predicted)
     if numeric:
-        numbers = [float(n) for n in compared if _NUMBER.fullmatch(n)]
-        others = [float(n) for n in _NUMBER.findall(bare)]
-        return _numbers(numbers or others, bool(compared) and not ordered, rng)
-    return _texts(column, (compared or _literals(expected))[:_ROWS], ordered, rng)
+        numbers = _floats(compared) or _floats(_NUMBER.findall(bare))
+        return _numbers(numbers + _floats(predictions), bool(compared) and not ordered, rng)
+    texts = (compared or _literals(expected)) + predictions
+    return _texts(column, texts[:_ROWS], ordered, rng)
+
+
+def _floats(literals: list[str]) -> list[float]:
+    return [float(literal) for literal in literals if _NUMBER.fullmatch(literal)]
 
 
 def _compared(name: str, sql: str) -> list[str]:

@@ -31,7 +31,7 @@ def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tupl
     if spec.continue_from is None:
         own = presets.find(body.preset).preset.model if body.preset else None
         model = body.model or own or services.settings.default_model
-        _check_modules(services, model, spec)
+        check_modules(services, model, spec.lora.target_modules)
         return model, spec
     with db.reading(services.sessions) as session:
         adapter = adapters.get(session, project_id, spec.continue_from, param="continue_from")
@@ -60,15 +60,19 @@ def model_and_spec(services: Services, project_id: str, body: JobCreate) -> tupl
         held = Quantization.model_validate(trained | {"compute_dtype": "auto"})
         spec = spec.model_copy(update={"quantization": held})
     support.check(spec)
-    _check_modules(services, adapter.base_model, spec)
+    check_modules(services, adapter.base_model, spec.lora.target_modules)
     return adapter.base_model, spec
 
 
-def _check_modules(services: Services, name: str, spec: Spec) -> None:
-    """Where the base model's files are here; otherwise the trainer finds out."""
+def check_modules(services: Services, name: str, target_modules: str | list[str]) -> None:
+    """Where the base model's files are here; otherwise the trainer finds out.
+
+    Raises:
+        BadRequest: `unknown_target_modules`.
+    """
     model = catalogue.find(services.catalogue, name)
     if model.ready and (there := catalogue.matrices(model)):
-        support.check_modules(spec.lora.target_modules, there)
+        support.check_modules(target_modules, there)
 
 
 def preset_of(body: JobCreate, model: str, spec: Spec, dataset: Dataset) -> dict[str, Any] | None:

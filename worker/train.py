@@ -45,6 +45,8 @@ def _inputs(context: Context, attempt: Attempt) -> Run:
     with reading(context.sessions) as session:
         saved, planned = events.checkpoints(session, job.id), events.latest(session, job.id, "plan")
     run = artifacts.fetch_run(context, job, work)
+    if job.checkpoint_spec is not None:
+        return run  # they were made with another spec
     resume, best = fetch_checkpoints(context, attempt, saved)
     # A run that goes on holds its weights as before, whatever memory is free now: other roundings, other losses.
     kept = planned.data.get("weights_kept") if resume and planned and planned.data else None

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter
 
+from api import intake
 from api.deps import CallerDep, ServicesDep
 from api.requests import StrictRoute
 from api.schemas.changes import JobRetry
@@ -44,10 +45,10 @@ def retry(job_id: str, services: ServicesDep, caller: CallerDep, body: JobRetry 
     """A new attempt of a failed or cancelled job, from its last checkpoint where that fits the changes."""
     changes = body.given() if body else {}
     with services.sessions.begin() as session:
-        job, dropped = jobs.retry(session, caller.project_id, job_id, changes)
+        job = jobs.retry(session, caller.project_id, job_id, changes)
+        if "lora" in changes:
+            intake.check_modules(services, job.model, job.spec["lora"]["target_modules"])
         shown = JobOut.of(session, job)
-    for key in dropped:
-        services.storage.delete(key)
     if job.status == JobStatus.QUEUED:
         services.sender.send(job.id)
     return shown

@@ -1,6 +1,6 @@
 """Jobs as clients see them: create, look, pause, resume, cancel, retry, delete. What workers write is in `attempts`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import delete, func, select
@@ -197,14 +197,11 @@ def resume(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
-def retry(
-    session: Session, project_id: str, job_id: str, changes: dict[str, Any]
-) -> tuple[Job, Sequence[str]]:
+def retry(session: Session, project_id: str, job_id: str, changes: dict[str, Any]) -> Job:
     """Queue a failed or cancelled job again, with `changes` in its spec, from its last checkpoint.
 
-    From the beginning where the changes leave its checkpoints without use: they are dropped, and the keys of their
-    files, to be deleted after the commit, come with the job. A queued or running job that has these values stays
-    as it is.
+    From the beginning where the changes leave its checkpoints without use: they stay until the new run has its model, so
+    that a change which cannot be does not cost them. A queued or running job that has these values stays as it is.
 
     Raises:
         Conflict: `job_not_finished`; `job_finished`, it succeeded.
@@ -215,7 +212,7 @@ def retry(
     if job.kind == JobKind.EXPORT and changes:
         raise BadRequest("invalid_request", "An export has no spec that could be changed.")
     if job.status in (JobStatus.QUEUED, JobStatus.RUNNING) and spec_changes.holds(job.spec, changes):
-        return job, []
+        return job
     if job.status not in FINISHED:
         hint = (
             "POST /jobs/{id}/resume lets it go on." if job.status == JobStatus.PAUSED else "Cancel it first."
@@ -229,26 +226,26 @@ def retry(
         datasets.get(session, project_id, dataset_id, to="use")
     for adapter_id in filter(None, (job.spec.get("continue_from"), export.get("adapter_id"))):
         adapters.get(session, project_id, adapter_id, to="use")
-    return job, _queue_again(session, job, changes)
+    _queue_again(session, job, changes)
+    return job
 
 
-def _queue_again(session: Session, job: Job, changes: dict[str, Any]) -> Sequence[str]:
+def _queue_again(session: Session, job: Job, changes: dict[str, Any]) -> None:
     saved = events.checkpoints(session, job.id)
     # A row of an earlier version may lack fields; with the changes it gets their defaults.
     before = spec_changes.merged(job.spec, {}) if changes else job.spec
     spec = spec_changes.merged(job.spec, changes) if changes else job.spec
     different = spec_changes.changed(before, spec)
-    planned = events.latest(session, job.id, "plan")
+    made_with = job.checkpoint_spec or before
+    # The last plan, unless that was another run's.
+    planned = None if job.checkpoint_spec else events.latest(session, job.id, "plan")
     epoch = (planned.data or {}).get("steps_per_epoch") if planned else None
-    reasons = spec_changes.unfit(before, spec, saved[0].step, epoch) if saved else []
+    reasons = spec_changes.unfit(made_with, spec, saved[0].step, epoch) if saved else []
     whence = f"from the checkpoint of step {saved[0].step}" if saved else "from the beginning"
-    dropped: Sequence[str] = []
     if reasons:
-        whence = (
-            f"from the beginning: its checkpoints do not fit the new {', '.join(reasons)} and are dropped"
-        )
-        dropped = events.forget(session, job.id)
+        whence = f"from the beginning: its checkpoints do not fit the new {', '.join(reasons)}"
         job.step, job.total_steps, job.metrics = 0, None, {}
+    job.checkpoint_spec = made_with if reasons else None
     if job.preset is not None:
         job.preset = job.preset | {"diff": spec_changes.preset_diff(job.preset["diff"], before, spec)}
     job.spec, job.status, job.error, job.finished_at = spec, JobStatus.QUEUED, None, None
@@ -261,7 +258,6 @@ def _queue_again(session: Session, job: Job, changes: dict[str, Any]) -> Sequenc
         f"Retried{' with changes' if different else ''}; the job goes on {whence}.",
         data={"changes": different, "from_start": bool(reasons)},
     )
-    return dropped
 
 
 def _refuse_ended(job: Job, what: str) -> None:

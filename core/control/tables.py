@@ -106,12 +106,19 @@ class Dataset(Table):
     def key(self) -> str:
         return f"datasets/{self.id}/data"
 
+    @property
+    def is_text(self) -> bool:
+        """Whether its rows are plain texts without turns."""
+        return self.mapping is not None and "text" in self.mapping and "layout" not in self.mapping
+
 
 class Job(Table):
     """`fence` goes up by one with every claim; each write of a worker names the fence it holds.
 
     `recoveries` are the changes that the run made to its own spec to go on: {step, cause, changes}.
     `preset` is {name, mode, diff, band}: what the caller's settings changed of it.
+    `checkpoint_spec` is the spec that its checkpoints were made with, while a retry with another one, which they do not fit,
+    has not yet come so far that it can take their place.
     """
 
     __tablename__ = "jobs"
@@ -127,6 +134,7 @@ class Job(Table):
     dataset_id: Mapped[str | None]
     preset: Mapped[Json | None]
     spec: Mapped[Json]
+    checkpoint_spec: Mapped[Json | None]
     recoveries: Mapped[list[Json]] = mapped_column(default=list)
     labels: Mapped[Json]
     step: Mapped[int] = mapped_column(default=0)

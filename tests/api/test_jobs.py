@@ -271,9 +271,13 @@ def test_a_failed_job_is_retried_with_changes(api: Api, dataset_id: str, tmp_pat
     assert (training["batch_size"], training["learning_rate"], training["max_steps"]) == (3, 0.001, 9)
     assert len(api.client.get(f"/jobs/{job_id}/checkpoints").json()["data"]) == 1
     finish(api, job_id)
-    assert api.client.post(f"/jobs/{job_id}/retry", json={"seed": 1}).json()["status"] == "queued"
-    assert api.client.get(f"/jobs/{job_id}/checkpoints").json()["data"] == []
-    assert not [path for path in api.stored() if path.startswith("jobs/")]
+    retried = f"/jobs/{job_id}/retry"
+    refused(
+        api.client.post(retried, json={"lora": {"target_modules": ["q_prj"]}}), 422, "unknown_target_modules"
+    )
+    assert api.client.get(f"/jobs/{job_id}").json()["status"] == "failed"
+    assert api.client.post(retried, json={"seed": 1}).json()["status"] == "queued"
+    assert len(api.client.get(f"/jobs/{job_id}/checkpoints").json()["data"]) == 1
     refused(api.client.post(f"/jobs/{job_id}/retry", json={"seed": 2}), 409, "job_not_finished")
 
 

@@ -197,16 +197,14 @@ def failed(sessions: Sessions, project_id: str) -> Job:
     return rows.read(sessions, job.id)
 
 
-def retry(sessions: Sessions, job: Job, changes: dict[str, Any] | None = None) -> list[str]:
+def retry(sessions: Sessions, job: Job, changes: dict[str, Any] | None = None) -> bool:
+    """Whether it goes on from its checkpoint."""
     with sessions.begin() as session:
-        _, dropped = jobs.retry(session, job.project_id, job.id, changes or {})
-        return list(dropped)
+        return jobs.retry(session, job.project_id, job.id, changes or {}).checkpoint_spec is None
 
 
 def test_a_failed_job_is_retried_from_its_checkpoint(sessions: Sessions, failed: Job) -> None:
-    assert (
-        retry(sessions, failed, {"training": {"learning_rate": 0.001}, "limits": {"max_seconds": 60}}) == []
-    )
+    assert retry(sessions, failed, {"training": {"learning_rate": 0.001}, "limits": {"max_seconds": 60}})
     job = rows.read(sessions, failed.id)
     assert (job.status, job.error, job.finished_at, job.crashes, job.step) == ("queued", None, None, 0, 12)
     assert (job.spec["training"]["learning_rate"], job.spec["limits"]["max_seconds"]) == (0.001, 60)
@@ -222,24 +220,35 @@ def test_a_failed_job_is_retried_from_its_checkpoint(sessions: Sessions, failed:
 
 
 def test_changes_that_no_checkpoint_fits_start_the_job_over(sessions: Sessions, failed: Job) -> None:
-    assert retry(sessions, failed, {"lora": {"r": 4}}) == ["a key"]
+    assert not retry(sessions, failed, {"lora": {"r": 4}})
     job = rows.read(sessions, failed.id)
     assert (job.status, job.step, job.metrics) == ("queued", 0, {})
     with sessions() as session:
-        assert events.checkpoints(session, job.id) == []
-        assert events.metrics(session, job.id) == []
         event = events.latest(session, job.id, "retried")
     assert event is not None
     assert "from the beginning: its checkpoints do not fit the new lora.r" in event.message
 
 
-@pytest.mark.parametrize(("epochs", "dropped"), [(2, []), (1, ["a key"])])
-def test_a_checkpoint_beyond_a_new_end_in_epochs_is_dropped(
-    sessions: Sessions, failed: Job, epochs: int, dropped: list[str]
+def test_changes_that_cannot_be_are_taken_back_without_a_loss(sessions: Sessions, failed: Job) -> None:
+    assert not retry(sessions, failed, {"lora": {"r": 4}})
+    fence = rows.claimed(sessions, failed.id).fence
+    with sessions.begin() as session:
+        attempts.fail(session, failed.id, fence, GraftError("broken", "It was broken again."))
+    assert not retry(sessions, failed, {"training": {"learning_rate": 0.001}})  # still of another rank
+    with sessions.begin() as session:
+        jobs.cancel(session, failed.project_id, failed.id)
+    assert retry(sessions, failed, {"lora": {"r": 16}})
+    with sessions() as session:
+        assert [row.step for row in events.checkpoints(session, failed.id)] == [10]
+
+
+@pytest.mark.parametrize(("epochs", "fits"), [(2, True), (1, False)])
+def test_a_checkpoint_beyond_a_new_end_in_epochs_is_not_used(
+    sessions: Sessions, failed: Job, epochs: int, fits: bool
 ) -> None:
     with sessions.begin() as session:
         events.add(session, failed.id, "plan", "Planned.", data={"steps_per_epoch": 6})
-    assert retry(sessions, failed, {"training": {"epochs": epochs, "learning_rate": 0.001}}) == dropped
+    assert retry(sessions, failed, {"training": {"epochs": epochs, "learning_rate": 0.001}}) is fits
 
 
 def test_a_retry_can_be_asked_for_twice_but_not_with_other_changes(sessions: Sessions, failed: Job) -> None:

@@ -205,6 +205,9 @@ def test_a_run_that_goes_on_holds_its_weights_as_it_did(
         store(context, attempt, 10, tmp_path)
     run = train._inputs(context, attempt)
     assert (run.resume is not None, run.kept) == (resumes, True if resumes else None)
+    job.checkpoint_spec = job.spec
+    run = train._inputs(context, attempt)
+    assert (run.resume, run.kept) == (None, None)
 
 
 def test_without_a_whole_checkpoint_the_job_begins_anew(
@@ -264,6 +267,29 @@ def test_samples_and_notes_become_events(context: Context, attempt: Attempt) -> 
     assert (samples.type, samples.message) == ("samples", "Answers to 1 prompts at step 5.")
     assert samples.data == {"step": 5, "samples": [sample]}
     assert (early.type, early.level, early.message, early.data) == tuple(note.values())
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_checkpoints_of_another_spec_stay_until_a_new_run_has_its_model(
+    context: Context, attempt: Attempt, tmp_path: Path, lost: int
+) -> None:
+    store(context, attempt, 10, tmp_path)
+    attempt.job.checkpoint_spec = attempt.job.spec
+    with context.sessions.begin() as session:
+        session.get_one(Job, attempt.job.id).checkpoint_spec = attempt.job.spec
+    report(context, attempt, ("phase", {"phase": "loading_model"}))
+    assert kept(context, attempt) == [10]
+    shaky = Context(**{**vars(context), "sessions": LosesAnswers(context.sessions, lost)})
+    attempt.reports.append(("model_loaded", {"seconds": 1.0}))
+    if lost:
+        with pytest.raises(OperationalError):
+            reports.write(shaky, attempt)
+    reports.write(shaky, attempt)
+    assert kept(context, attempt) == []
+    assert job_of(context, attempt).checkpoint_spec is None
+    attempt.stored.append({"step": 1, "files": []})
+    report(context, attempt, ("model_loaded", {"seconds": 1.0}))
+    assert kept(context, attempt) == [1]
 
 
 def test_progress_gives_the_patience_with_crashes_back(context: Context, attempt: Attempt) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from core.control.db import Session
 from core.control.running import attempts, events
-from core.control.tables import Asked, Checkpoint, Job
+from core.control.tables import Asked, Job
 from worker.attempt import artifacts
 from worker.child.spawn import Child
 from worker.context import Context
@@ -49,10 +49,11 @@ class Attempt:
 
 @dataclass
 class _News:
-    """What the reports of one transaction change in the job's row."""
+    """What the reports of one transaction change in the job's row, and the keys of files that are nobody's after it."""
 
     metrics: Json
     columns: Json = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
 
 
 def write(context: Context, attempt: Attempt) -> None:
@@ -67,7 +68,6 @@ def write(context: Context, attempt: Attempt) -> None:
         item[1].result()
         attempt.stored.append(item[0])
     news = _News(dict(job.metrics))
-    old = []
     with context.sessions.begin() as session:
         # The job's row first: who follows the events must not see later ones before these.
         attempts.renew(session, job.id, job.fence, context.settings.lease_seconds)
@@ -85,16 +85,17 @@ def write(context: Context, attempt: Attempt) -> None:
             **news.columns,
         )
         if attempt.stored:
-            old = _register(session, attempt)
+            news.dropped += _register(session, attempt)
     job.metrics = news.metrics
+    job.checkpoint_spec = news.columns.get("checkpoint_spec", job.checkpoint_spec)
     attempt.reports.clear()
     attempt.stored.clear()
-    for row in old:
-        context.storage.delete(row.key)
+    for key in news.dropped:
+        context.storage.delete(key)
 
 
-def _register(session: Session, attempt: Attempt) -> list[Checkpoint]:
-    """Enter the stored checkpoints; those beyond the last few and the best are dropped and returned."""
+def _register(session: Session, attempt: Attempt) -> list[str]:
+    """Enter the stored checkpoints; those beyond the last few and the best are dropped, and their keys returned."""
     job = attempt.job
     session.flush()
     for data in attempt.stored:
@@ -109,7 +110,7 @@ def _register(session: Session, attempt: Attempt) -> list[Checkpoint]:
     best = events.best(rows)
     old = [row for row in rows[int(job.spec["checkpoints"]["keep"]) :] if row is not best]
     events.drop_checkpoints(session, old)
-    return old
+    return [row.key for row in old]
 
 
 def _phase(session: Session, attempt: Attempt, data: Json, news: _News) -> None:
@@ -134,8 +135,12 @@ def _plan(session: Session, attempt: Attempt, data: Json, news: _News) -> None:
     )
 
 
-def _model_loaded(_session: Session, attempt: Attempt, data: Json, _news: _News) -> None:
+def _model_loaded(session: Session, attempt: Attempt, data: Json, news: _News) -> None:
     attempt.model_seconds = data["seconds"]
+    if attempt.job.checkpoint_spec is not None:
+        # This run can be, so its checkpoints take the place of those that do not fit it.
+        news.dropped += events.forget(session, attempt.job.id)
+        news.columns["checkpoint_spec"] = None
 
 
 def _first_step(session: Session, attempt: Attempt, data: Json, _news: _News) -> None:

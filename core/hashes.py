@@ -11,6 +11,11 @@ class FileInfo(TypedDict):
     sha256: str
 
 
+def number(content: bytes) -> int:
+    """64 bits, as the key of what may be one of many millions."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
 def describe(folder: Path) -> list[FileInfo]:
     """Every file below `folder`, sorted by its path."""
     return [

@@ -82,11 +82,10 @@ def script(
         dataset = session.get(Dataset, job.dataset_id) if job.dataset_id else None
     if job.kind is not JobKind.TRAIN:
         raise Conflict("not_a_training", f"Job {job.id} is of kind {job.kind}; only a training has a script.")
-    by = (dataset.mapping if dataset else None) or {}
     data = Data(
         str(job.dataset_id),
         dataset.filename if dataset else None,
-        is_text="text" in by and "layout" not in by,
+        is_text=dataset is not None and dataset.is_text,
     )
     text = scripts.write(tool, job.id, job.model, job.spec, data)
     return Response(text, media_type="text/x-python" if tool == "trl" else "application/yaml")

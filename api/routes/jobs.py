@@ -27,6 +27,7 @@ from core.control.running import events
 from core.control.tables import FINISHED, Job, JobStatus
 from core.errors import BadRequest, Conflict, NotFound
 from core.ml import catalogue
+from core.ml.training.spec import support
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
@@ -56,12 +57,15 @@ def create(
             # Held until the job is there: whoever deletes one of them then sees it in use.
             dataset = datasets.get(session, project_id, body.dataset_id, param="dataset_id", to="use")
             if body.validation and body.validation.dataset_id:
-                datasets.get(
+                valid = datasets.get(
                     session,
                     project_id,
                     body.validation.dataset_id,
                     param="validation.dataset_id",
                     to="use",
+                )
+                support.check_kinds(
+                    spec.training.loss_on, trained_texts=dataset.is_text, valid_texts=valid.is_text
                 )
             if body.continue_from:
                 adapters.get(session, project_id, body.continue_from, param="continue_from", to="use")

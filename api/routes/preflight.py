@@ -15,7 +15,7 @@ from api.requests import StrictRoute
 from api.schemas.jobs import JobCreate
 from api.schemas.preflight import MemoryOut, PreflightOut, Problem, RowsOut, TokensOut
 from api.schemas.presets import JobPreset
-from core.control import datasets, db, queue
+from core.control import adapters, datasets, db, queue
 from core.control.projects import Caller
 from core.control.running import probes, workers
 from core.control.tables import Dataset
@@ -25,7 +25,7 @@ from core.ml import contract as contracts
 from core.ml.training import config, data, plan
 from core.ml.training.data import Rows
 from core.ml.training.plan import Device, Plan
-from core.ml.training.run import Run, Source
+from core.ml.training.run import Run, Source, Trained
 from core.ml.training.spec import memory
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
@@ -66,6 +66,10 @@ def _preflight(body: JobCreate, services: Services, caller: Caller) -> Preflight
             valid = datasets.get(
                 session, caller.project_id, validation.dataset_id, param="validation.dataset_id"
             )
+        earlier: tuple[Trained, ...] = ()
+        if body.continue_from:
+            start = adapters.get(session, caller.project_id, body.continue_from, param="continue_from")
+            earlier = adapters.trained_on(start)
         device = workers.device(session)
     model, asked = intake.model_and_spec(services, caller.project_id, body)
     base, spec = ready_model(services, model), config.settle(asked)
@@ -87,6 +91,7 @@ def _preflight(body: JobCreate, services: Services, caller: Caller) -> Preflight
             valid=_fetched(services, valid, Path(folder) / "valid") if valid else None,
             fraction=validation.fraction if validation else None,
             work=Path(folder),
+            earlier=earlier,
         )
         try:
             rows = data.rows_of(

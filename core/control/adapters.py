@@ -6,6 +6,7 @@ from core.control import db
 from core.control.db import Session
 from core.control.tables import FINISHED, Adapter, Job
 from core.errors import Conflict, NotFound
+from core.ml.training.run import Trained
 
 
 def get(
@@ -38,6 +39,17 @@ def page(session: Session, project_id: str, *, limit: int, after: str | None) ->
     if after is not None:
         query = query.where(Adapter.id < after)
     return list(session.scalars(query.order_by(Adapter.id.desc()).limit(limit + 1)))
+
+
+def trained_on(adapter: Adapter) -> tuple[Trained, ...]:
+    """By its certificate, with what the adapter that it continued from was trained on."""
+    told = adapter.certificate or {}
+    hashes, spec = told.get("hashes", {}), told.get("spec", {})
+    if "dataset" not in hashes:
+        return ()
+    fraction = (spec.get("validation") or {}).get("fraction")
+    last = Trained(hashes["dataset"], fraction, told.get("seed", 0))
+    return (*(Trained(**one) for one in hashes.get("earlier", [])), last)
 
 
 def delete(session: Session, project_id: str, adapter_id: str) -> Adapter:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from core.errors import BadRequest
+from core.hashes import sha256
 from core.ml import contract as contracts
 from core.ml import prompts
 from core.ml.catalogue import BaseModel
@@ -18,7 +19,7 @@ from core.ml.prompts import Contract
 from core.ml.training import data, plan
 from core.ml.training.config import Spec, Training
 from core.ml.training.data import LabelledIds, Tokenised
-from core.ml.training.run import Run, Source
+from core.ml.training.run import Run, Source, Trained
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,60 @@ def test_rows_in_both_files_are_named(contract: Contract, tmp_path: Path) -> Non
     train = source(tmp_path, [("a", "b"), ("c", "d")])
     valid = source(tmp_path / "valid", [("a", "c"), ("c", "d")])
     assert data.checked_rows(run_of(train, valid), contract, context=512).in_both == [4]
+
+
+def texts(folder: Path) -> Source:
+    folder.mkdir()
+    file = folder / "data"
+    file.write_text('{"body": "one text"}\n{"body": "another"}\n')
+    return Source(file, Reading("jsonl", False, "text", {"text": "{body}"}))
+
+
+@pytest.mark.parametrize("texts_are_trained", [True, False])
+def test_validation_rows_of_another_kind_are_refused_where_other_tokens_would_count(
+    contract: Contract, tmp_path: Path, texts_are_trained: bool
+) -> None:
+    pair = [texts(tmp_path / "texts"), source(tmp_path, [("a", "b"), ("c", "d")])]
+    train, valid = pair if texts_are_trained else pair[::-1]
+    with pytest.raises(BadRequest) as caught:
+        data.rows_of(run_of(train, valid), contract, context=512)
+    assert (caught.value.code, caught.value.param) == ("validation_of_other_kind", "validation.dataset_id")
+    rows = data.rows_of(run_of(train, valid, loss_on="all"), contract, context=512)
+    assert (len(rows.train), rows.valid_count) == (2, 2)
+
+
+def test_rows_that_the_adapter_to_continue_from_was_trained_on_prove_nothing(
+    contract: Contract, tmp_path: Path
+) -> None:
+    (tmp_path / "valid").mkdir()
+    train = source(tmp_path, [("a", "b"), ("c", "d")])
+    valid = source(tmp_path / "valid", [("e", "f"), ("g", "h")])
+    run = run_of(train, valid)
+
+    def both(*earlier: Trained) -> list[int]:
+        return data.rows_of(replace(run, earlier=earlier), contract, context=512).in_both
+
+    assert both(Trained(sha256(valid.path), None, 0)) == [2, 4]
+    assert both(Trained(sha256(train.path), None, 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("fraction", "seed", "unseen"),
+    [(None, 0, False), (0.5, 0, True), (0.7, 0, True), (0.3, 0, False), (0.5, 1, False)],
+)
+def test_rows_that_were_held_back_from_that_adapter_too_prove_something(
+    contract: Contract, tmp_path: Path, fraction: float | None, seed: int, unseen: bool
+) -> None:
+    train = source(tmp_path, [(f"row {n}", "b") for n in range(20)])
+    run = run_of(train, None, 0.5)
+    run = replace(
+        run,
+        spec=run.spec.model_copy(update={"seed": 0}),
+        earlier=(Trained(sha256(train.path), fraction, seed),),
+    )
+    rows = data.rows_of(run, contract, context=512)
+    assert rows.held_back
+    assert rows.in_both == ([] if unseen else [rows.data.lines[place] for place in rows.held_back])
 
 
 def test_without_keeping_them_rows_are_only_counted(contract: Contract, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from core.control import adapters
+from core.control.tables import Adapter
 from core.errors import GraftError
 from core.hashes import sha256
 from core.ml import base_model, catalogue, prompts
@@ -26,7 +28,7 @@ from core.ml.proof.measure import Losses
 from core.ml.scores.choice import Row
 from core.ml.scores.metrics import Scored
 from core.ml.training import data
-from core.ml.training.run import Run
+from core.ml.training.run import Run, Trained
 from tests import tiny
 from tests.ml import runs
 from worker.child import trainer
@@ -107,6 +109,44 @@ def test_a_good_adapter_is_proved_and_its_card_tells_what_it_is_worth(saved: Mad
     assert all(
         text in card for text in ("my rows", certificate["hashes"]["dataset"], "PeftModel", "| keys |")
     )
+
+
+def test_every_loss_of_a_certificate_is_the_mean_of_all_tokens(saved: Made) -> None:
+    _, proved = prove(saved)
+    evaluation = proved["certificate"]["evaluation"]
+    for name in ("base", "adapter"):
+        assert evaluation["loss"][name] == pytest.approx(evaluation[name]["loss"], rel=1e-9)
+    low, high = evaluation["loss"]["interval"]
+    assert low <= evaluation["loss"]["difference"] <= high
+
+
+def test_rows_that_stand_in_the_data_twice_may_be_learnt_by_heart(make: runs.MakeRun, folder: Path) -> None:
+    train = runs.source(runs.ROWS[:4] * 5, folder / "repeated.jsonl")
+    valid = runs.source(runs.ROWS[20:28], folder / "others.jsonl")
+    run = replace(make("repeated", training={"max_steps": 5}), train=train, valid=valid)
+    result, _ = runs.train(run)
+    assert result.adapter is not None
+    _, proved = prove((run, result.adapter, result.metrics))
+    evaluation = proved["certificate"]["evaluation"]
+    assert evaluation["training_rows"]["passes"] == 1
+    assert "no row more than once" not in evaluation["verdict"]["words"]
+
+
+def test_an_adapter_that_goes_on_names_what_the_first_was_trained_on(make: runs.MakeRun) -> None:
+    run = make("first", fraction=0.3, training={"max_steps": 2})
+    result, _ = runs.train(run)
+    assert result.adapter is not None
+    earlier = (Trained("0" * 64, None, 7), Trained(sha256(run.train.path), None, 3))
+    spec = {"continue_from": "ad_1", "training": {"max_steps": 2}}
+    second = replace(make("second", fraction=0.3, start=result.adapter, **spec), earlier=earlier)
+    result, _ = runs.train(second)
+    assert result.adapter is not None
+    _, proved = prove((second, result.adapter, result.metrics))
+    certificate = proved["certificate"]
+    assert certificate["evaluation"]["rows"] == 0
+    assert "All validation rows are trained, too" in certificate["evaluation"]["verdict"]["words"]
+    row = Adapter(certificate=certificate)
+    assert adapters.trained_on(row) == (*earlier, Trained(sha256(run.train.path), None, second.spec.seed))
 
 
 def test_a_metric_that_was_asked_for_and_scores_no_row_marks_the_adapter(make: runs.MakeRun) -> None:
@@ -383,9 +423,9 @@ def test_losses_are_those_of_one_row_at_a_time(
         example | {"labels": example["input_ids"]} if whole else example for example in rows.train_examples
     ]
     losses = measure.losses(model, asked, lambda: None)
-    for one, loss, count in zip(asked, losses.rows, losses.counts, strict=True):
+    for one, total, count in zip(asked, losses.sums, losses.counts, strict=True):
         ids, labels = (torch.tensor([one[name]]) for name in ("input_ids", "labels"))
-        assert loss == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
+        assert total / count == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
         assert count == (labels[:, 1:] >= 0).sum()
 
 

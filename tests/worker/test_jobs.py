@@ -172,7 +172,7 @@ def adapter_id(context: Context, project_id: str, tmp_path: Path) -> str:
 def test_the_adapter_to_continue_from_is_brought(
     context: Context, job: Job, adapter_id: str, tmp_path: Path
 ) -> None:
-    folder = artifacts.fetch_adapter(context, job, adapter_id, tmp_path / "start")
+    folder, _ = artifacts.fetch_adapter(context, job, adapter_id, tmp_path / "start")
     assert sorted(file.name for file in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core import log
-from core.control import datasets, jobs
+from core.control import adapters, datasets, jobs
 from core.control.db import reading
 from core.control.tables import Adapter, Checkpoint, Dataset, Job, Probe, new_id, utcnow
 from core.errors import GraftError, NotFound
@@ -17,7 +17,7 @@ from core.hashes import describe, sha256
 from core.ml import catalogue
 from core.ml.training.config import Spec
 from core.ml.training.files import checkpoints
-from core.ml.training.run import Run, Source
+from core.ml.training.run import Run, Source, Trained
 from worker.context import Context
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ def fetch_run(context: Context, asked: Job | Probe, work: Path) -> Run:
     if train is None or (validation.get("dataset_id") and valid is None):
         raise NotFound("dataset_not_found", "The data set was deleted.")
     begin = spec.get("continue_from")
+    start, earlier = fetch_adapter(context, asked, begin, work / "start") if begin else (None, ())
     return Run(
         model=catalogue.find(context.catalogue, asked.model),
         spec=Spec.model_validate(spec),
@@ -48,15 +49,18 @@ def fetch_run(context: Context, asked: Job | Probe, work: Path) -> Run:
         valid=fetch_dataset(context, valid, work / "valid") if valid else None,
         fraction=validation.get("fraction"),
         work=work,
-        start=fetch_adapter(context, asked, begin, work / "start") if begin else None,
+        start=start,
+        earlier=earlier,
         recoveries=tuple(asked.recoveries) if isinstance(asked, Job) else (),
         processes=context.settings.trainer_processes,
         sharding=context.settings.trainer_sharding,
     )
 
 
-def fetch_adapter(context: Context, asked: Job | Probe, adapter_id: str, folder: Path) -> Path:
-    """The weights and the configuration of an adapter to continue from.
+def fetch_adapter(
+    context: Context, asked: Job | Probe, adapter_id: str, folder: Path
+) -> tuple[Path, tuple[Trained, ...]]:
+    """The weights and the configuration of an adapter to continue from, and what it was trained on.
 
     Raises:
         NotFound: `adapter_not_found`, for another project's adapter too.
@@ -71,7 +75,7 @@ def fetch_adapter(context: Context, asked: Job | Probe, adapter_id: str, folder:
             f"The adapter {adapter_id}, from which this job was to continue, is not there any more.",
             hint="Post a job that continues from another adapter, or from none.",
         )
-    return fetch_files(context, row, folder, _BEGINNING)
+    return fetch_files(context, row, folder, _BEGINNING), adapters.trained_on(row)
 
 
 def fetch_files(context: Context, row: Adapter, folder: Path, names: Container[str] | None = None) -> Path:

@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,6 +112,8 @@ def _hashes(run: Run, folder: Path) -> dict[str, Any]:
     made: dict[str, Any] = {"dataset": sha256(run.train.path)}
     if run.valid is not None:
         made["validation"] = sha256(run.valid.path)
+    if run.earlier:
+        made["earlier"] = [asdict(one) for one in run.earlier]
     base = {
         info["path"]: info["sha256"]
         for info in describe(run.model.path)

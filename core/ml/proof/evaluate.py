@@ -5,7 +5,7 @@ ROUGE sees only the words: better when the whole 95 % interval of the difference
 
 Memorised: of what the adapter gained over its base on rows that it was trained on (32 of them, from the first to
 the last), more than half is missing on the validation rows, and more than 0.1 of loss. Not asked where no row was
-trained more than once.
+trained more than once: in one pass over rows that are all different, from an adapter that is new.
 """
 
 import math
@@ -23,7 +23,7 @@ from core.ml.inference import greedy
 from core.ml.inference.greedy import Answer, Tick
 from core.ml.prompts import Contract
 from core.ml.proof import questions
-from core.ml.proof.measure import Losses, losses
+from core.ml.proof.measure import Losses, losses, mean
 from core.ml.proof.questions import Question
 from core.ml.scores import metrics as scores
 from core.ml.scores.metrics import Scored
@@ -88,11 +88,11 @@ class Evaluation:
 
     @cached_property
     def loss(self) -> Scored | None:
-        """The loss of base and adapter, row by row."""
+        """The loss of base and adapter on the same rows; the interval by resampling of rows."""
         if not self.kept:
             return None
         base, adapter = (side.losses.of(self.kept).rows for side in (self.base, self.adapter))
-        return scores.paired("loss", base, adapter)
+        return scores.paired("loss", base, adapter, statistic=mean)
 
     def as_dict(self) -> dict[str, Any]:
         made: dict[str, Any] = {
@@ -152,7 +152,9 @@ def evaluate(
     trained_rows = plan.trained_rows(spec, rows)
     steps = plan.total_steps(spec, trained_rows) if step is None else step
     passes = steps / plan.steps_per_epoch(spec, trained_rows)
-    trained = _spread(rows, min(len(kept), _TRAINED)) if kept and passes > 1 else []
+    keys = [rows.data.keys[place] for place in rows.train]
+    again = passes > 1 or len(set(keys)) < len(keys) or spec.continue_from is not None
+    trained = _spread(rows, min(len(kept), _TRAINED)) if kept and again else []
 
     def side(*, base: bool) -> Side:
         # Without validation rows there is nothing to compare answers on.
@@ -238,7 +240,8 @@ def _better(found: Evaluation) -> tuple[Better | None, str]:
     loss = found.loss
     if loss is None and len(found.base.losses.sums) >= _FEWEST_ROWS:
         # What was trained can only make it look better.
-        trained = scores.paired("loss", found.base.losses.rows, found.adapter.losses.rows)
+        base, adapter = found.base.losses.rows, found.adapter.losses.rows
+        trained = scores.paired("loss", base, adapter, statistic=mean)
         if trained.interval[0] > 0:
             return (
                 "worse",

@@ -18,6 +18,11 @@ _TOKENS = 4_096
 _NUMBERS = 50_000_000
 
 
+def mean(rows: NDArray[np.float64]) -> float:
+    """Of all tokens of these rows of (sum, count)."""
+    return float(rows[:, 0].sum() / max(rows[:, 1].sum(), 1))
+
+
 class Losses(NamedTuple):
     """`sums` of the trained tokens' losses and their `counts`, of each row."""
 
@@ -27,12 +32,12 @@ class Losses(NamedTuple):
     @property
     def mean(self) -> float:
         """The mean of all trained tokens, as training measures it."""
-        return float(self.sums.sum() / max(self.counts.sum(), 1))
+        return mean(self.rows)
 
     @property
     def rows(self) -> NDArray[np.float64]:
-        """The mean of each row's tokens."""
-        return self.sums / np.maximum(self.counts, 1)
+        """Sum and count of each row."""
+        return np.stack([self.sums, self.counts], 1)
 
     def of(self, places: Sequence[int] | slice) -> "Losses":
         return Losses(self.sums[places], self.counts[places])

@@ -3,7 +3,6 @@
 No torch: the API counts with it what a job would use.
 """
 
-import hashlib
 import math
 import time
 from array import array
@@ -11,17 +10,18 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from core.errors import BadRequest, GraftError
+from core.hashes import number
 from core.ml import prompts
 from core.ml.formats import validate
 from core.ml.formats.chat.example import Example
 from core.ml.prompts import Contract, Encoded, LossOn
 from core.ml.scores import choice
 from core.ml.scores.choice import Row
+from core.ml.training import split
 from core.ml.training.config import Training
 from core.ml.training.run import Run, Source
+from core.ml.training.spec import support
 
 # What a job of unknown length gets at most; longer rows need an explicit max_length.
 AUTO_LENGTH = 2048
@@ -74,7 +74,8 @@ class Tokenised:
 class Rows:
     """What a run trains on and what it holds back: places in `data`, or a data set of its own.
 
-    `in_both` are the lines of validation rows that are trained too: their loss proves nothing.
+    `in_both` are the lines of validation rows that are trained too, or were by the adapter to continue from: their loss
+    proves nothing.
     """
 
     data: Tokenised
@@ -102,7 +103,7 @@ def rows_of(run: Run, contract: Contract, *, context: int, count_until: float | 
     With a moment `count_until` of `time.monotonic` they are only counted, and not after it.
 
     Raises:
-        BadRequest: `max_length_too_long`, and what `prompts.encode` refuses, with the line.
+        BadRequest: `max_length_too_long`, `validation_of_other_kind`, and what `prompts.encode` refuses, with the line.
         TimeoutError: there were rows left to be counted.
     """
     training = run.spec.training
@@ -113,9 +114,15 @@ def rows_of(run: Run, contract: Contract, *, context: int, count_until: float | 
             valid = _tokenised(run.valid, contract, limit, training, count_until)
         except BadRequest as error:
             raise error.within(_VALIDATION) from error
-        return Rows(data, range(len(data.lines)), [], valid, _shared(data, valid))
+        if data.lines and valid.lines:
+            support.check_kinds(training.loss_on, trained_texts=data.texts, valid_texts=valid.texts)
+        shared = split.shared(valid.keys, data.keys)
+        both = valid.lines if split.trained_before(run) else [valid.lines[place] for place in shared]
+        return Rows(data, range(len(data.lines)), [], valid, list(both))
     if run.fraction is not None:
-        return Rows(data, *_split(data, run.fraction, run.spec.seed), None, [])
+        train, held = split.divided(data.prompt_keys, run.fraction, run.spec.seed)
+        both = [data.lines[place] for place in held] if split.trained_before(run) else []
+        return Rows(data, train, held, None, both)
     return Rows(data, range(len(data.lines)), [], None, [])
 
 
@@ -259,32 +266,9 @@ def _add(made: Tokenised, line: int, fitting: Encoded, whole: Encoded) -> None:
     """`whole` is the row before it was cut: what is left of equal prompts depends on their answers."""
     made.lines.append(line)
     made.lengths.append(len(fitting.ids))
-    made.keys.append(_digest(array("i", fitting.ids).tobytes()))
-    made.prompt_keys.append(_digest(array("i", whole.ids[: whole.prompt]).tobytes()))
+    made.keys.append(number(array("i", fitting.ids).tobytes()))
+    made.prompt_keys.append(number(array("i", whole.ids[: whole.prompt]).tobytes()))
     made.trained.append(sum(fitting.trained))
-
-
-def _digest(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
-
-
-def _shared(train: Tokenised, valid: Tokenised) -> list[int]:
-    shared = np.isin(np.frombuffer(valid.keys, np.uint64), np.frombuffer(train.keys, np.uint64))
-    return [valid.lines[place] for place in np.flatnonzero(shared)]
-
-
-def _split(data: Tokenised, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Places of training and of validation rows. Rows with the same prompt stay on the same side, and each side has
-    some where there are two prompts."""
-    shares = {key: _digest(f"{seed} {key}".encode()) / 2**64 for key in data.prompt_keys}
-    held = {key for key, share in shares.items() if share < fraction}
-    if len(shares) > 1 and not held:
-        held = {min(shares, key=lambda key: shares[key])}
-    elif len(shares) > 1 and len(held) == len(shares):
-        held.remove(max(shares, key=lambda key: shares[key]))
-    places = range(len(data.lines))
-    back = [place for place in places if data.prompt_keys[place] in held]
-    return sorted({*places} - {*back}), back
 
 
 def _rows(lines: Sequence[int], what: str) -> str:

@@ -59,6 +59,23 @@ def check(spec: Spec) -> None:
         )
 
 
+def check_kinds(loss_on: str, *, trained_texts: bool, valid_texts: bool) -> None:
+    """Whether training and validation rows are trained alike: "auto" trains other tokens of texts than of conversations.
+
+    Raises:
+        BadRequest: `validation_of_other_kind`.
+    """
+    if loss_on != "auto" or trained_texts == valid_texts:
+        return
+    kinds = ["plain texts" if texts else "conversations" for texts in (trained_texts, valid_texts)]
+    raise BadRequest(
+        "validation_of_other_kind",
+        f"The training rows are {kinds[0]} and the validation rows {kinds[1]}, of which other tokens count.",
+        param="validation.dataset_id",
+        hint='Give validation rows of the same kind, or set training.loss_on to "all".',
+    )
+
+
 def check_modules(names: str | list[str], there: Iterable[str]) -> None:
     """Whether each of the names that are to be adapted is the end of a module's that is `there`: peft passes over those that
     no module has, as long as there is one that has.

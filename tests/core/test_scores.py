@@ -133,6 +133,8 @@ def test_joined_tables_have_rows_that_meet() -> None:
         ("SELECT count(*) FROM people", "SELECT count(*) FROM cities", False),
         ("SELECT count(*) FROM people", "SELECT 60", False),
         ("SELECT count(*) FROM people", "SELECT count(*) FROM people WHERE age > 5", False),
+        ("SELECT DISTINCT city_id FROM people", "SELECT DISTINCT city_id FROM people WHERE age > 5", False),
+        ("SELECT DISTINCT name FROM cities", "SELECT DISTINCT name FROM cities WHERE id = 5", False),
         ("SELECT id FROM people WHERE city_id IN (SELECT id FROM cities)", "SELECT id FROM people", False),
         (
             "SELECT id FROM people WHERE NOT city_id IN (SELECT id FROM cities)",
@@ -148,6 +150,52 @@ def test_joined_tables_have_rows_that_meet() -> None:
 )
 def test_rows_tell_one_table_or_condition_from_another(expected: str, answered: str, same: bool) -> None:
     assert sql.same_results(CITIES, expected, answered) is same
+
+
+def test_rows_may_hold_a_number_twice() -> None:
+    assert not sql.same_results(CITIES, "SELECT age FROM people", "SELECT DISTINCT age FROM people")
+    assert not sql.same_results(
+        CITIES, "SELECT count(DISTINCT age) FROM people", "SELECT count(age) FROM people"
+    )
+    # But the largest is one: both are usual.
+    largest = "SELECT id FROM people WHERE age = (SELECT max(age) FROM people)"
+    assert sql.same_results(CITIES, largest, "SELECT id FROM people ORDER BY age DESC LIMIT 1")
+
+
+def test_an_answer_with_many_numbers_does_not_hide_that_of_the_right_query() -> None:
+    right = "SELECT count(*) FROM people WHERE age = 5000"
+    many = ", ".join(str(n) for n in range(1, 60, 2))
+    assert sql.same_results(CITIES, right, f"{right} AND age NOT IN ({many})")
+    assert sql.same_results(
+        CITIES, "SELECT id FROM people WHERE age > 2", "SELECT id FROM people WHERE age > 2.4"
+    )
+
+
+@pytest.mark.parametrize("answered", ["x", "x" * 6_000, f"SELECT 1 WHERE age > {'9' * 400}", "SELECT 1"])
+@pytest.mark.parametrize(
+    "expected",
+    [
+        "SELECT YEAR(age) FROM people",  # no such function
+        "SELECT a.id FROM people AS a, people AS b, people AS c",  # too many rows
+    ],
+)
+def test_what_is_left_out_does_not_depend_on_the_answer(expected: str, answered: str) -> None:
+    assert sql.same_results(CITIES, expected, answered) is None
+
+
+def test_rows_of_three_tables_are_compared() -> None:
+    three = "CREATE TABLE a (x INT, k INT); CREATE TABLE b (y INT, k INT); CREATE TABLE c (z INT, k INT)"
+    join = "SELECT a.x, c.z FROM a JOIN b ON a.k=b.k JOIN c ON b.k=c.k"
+    assert sql.same_results(three, join, join) is True
+    assert sql.same_results(three, "SELECT a.x, b.y FROM a, b", "SELECT a.x, b.y FROM b, a") is True
+
+
+def test_a_fence_is_found_in_a_time_that_grows_with_the_text() -> None:
+    started = time.monotonic()
+    for text in ("```" + "\n" * 9_000, "```json" + "\n" * 90_000, "```sql\n" * 1_400):
+        assert sql.same_results(CITIES, "SELECT id FROM people", text) is False
+        assert choice.json_of(text) is None
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("value", ["9" * 400, "'\udc00'", f"'{'x' * 6_000}'"])

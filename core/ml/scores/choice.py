@@ -12,7 +12,7 @@ Metric = Literal["exact_match", "label_accuracy", "json_validity", "sql_executio
 
 # What counts as a short answer, in characters; and what is too long to be looked at.
 _SHORT, _MOST = 64, 100_000
-_FENCE = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)```\s*\Z", re.IGNORECASE | re.DOTALL)
+_FENCE = re.compile(r"\A\s*```(?:json)?[^\S\n]*\n(.*?)```\s*\Z", re.IGNORECASE | re.DOTALL)
 
 
 class Row(NamedTuple):

@@ -15,10 +15,10 @@ from itertools import count, islice
 # Rows of a table: between these, or each query that counts all rows of one would be right.
 _FEWEST_ROWS, _ROWS = 40, 60
 # One filling may hide a difference by chance; this many with other rows hardly ever do.
-_FILLINGS = 5
+_FILLINGS = 6
 _STEPS = 2_000_000
 _STEPS_PER_CALL = 1_000
-_MOST_RESULT_ROWS = 2_000
+_MOST_RESULT_ROWS = 10_000
 # Values of columns that are joined: few enough to meet in two tables, and those of one are not those of another.
 _JOINED = 12
 _JOINED_HERE = 8
@@ -52,7 +52,7 @@ _REFUSALS = (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryEr
 _TABLE = re.compile(r"\bCREATE\s+TABLE\b[^();]{0,200}\(", re.IGNORECASE)
 _BRACKET = re.compile(r"[()]")
 _QUERY = re.compile(r"\s*(?:SELECT|WITH|VALUES)\b", re.IGNORECASE)
-_FENCE = re.compile(r"```(?:sql)?\s*\n(.*?)```", re.IGNORECASE | re.DOTALL)
+_FENCE = re.compile(r"```(?:sql)?[^\S\n]*\n(.*?)```", re.IGNORECASE | re.DOTALL)
 _STRING = re.compile(r"'((?:[^']|'')*)'|\"([^\"]*)\"")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])")
 # A comparison with a literal, or with some: IN (1, 2), BETWEEN 1 AND 2.
@@ -64,6 +64,7 @@ _JOINS = (
     r"\bNAME\b\W*(?:=\s*[A-Za-z_]\w*\.\w|(?:NOT\s+)?IN\s*\(\s*SELECT\b)|=\s*\w+\.NAME\b"
     r"|\bIN\s*\(\s*SELECT\s+(?:DISTINCT\s+)?(?:\w+\.)?NAME\b"
 )
+_ORDERS = r"\bORDER\s+BY\b.*\bNAME\b|\b(?:MAX|MIN)\s*\(\s*(?:\w+\.)?NAME\b"
 _NUMERIC_TYPE = re.compile(r"INT|REAL|FLOA|DOUB|NUM|DEC", re.IGNORECASE)
 _ORDER_BY = re.compile(r"\bORDER\s+BY\b", re.IGNORECASE)
 
@@ -103,29 +104,36 @@ def same_results(prompt: str, expected: str, predicted: str) -> bool | None:
     if len(expected) > _LONGEST:
         return None  # SQLite would say no, after it was looked through for literals
     made = tables(prompt)
-    fenced = _FENCE.search(predicted)
+    right, told = len(predicted) <= 2 * _LONGEST, False
+    fenced = _FENCE.search(predicted) if right else None
     predicted = fenced[1] if fenced else predicted
-    if len(predicted) > _LONGEST:
-        return False
     ordered = _ORDER_BY.search(_bare(expected)) is not None
-    told = False
     for filling in range(_FILLINGS):
+        # Whether `expected` runs must not depend on the answer.
+        compares = filling % 2 == 1
+        if compares and not right:
+            continue
         try:
-            connection = _filled(made, expected, predicted, filling)
+            connection = _filled(made, expected, predicted if compares else "", filling)
         except _REFUSALS:
-            return False if _can_be_filled(made, expected) else None
+            if not compares:
+                return None
+            right = False
+            continue
         try:
             wanted = _result(connection, expected)
-            if wanted is None:
-                return None
-            found = _result(connection, predicted)
+            found = _result(connection, predicted) if right else None
         finally:
             connection.close()
+        if wanted is None:
+            if not compares:
+                return None
+            continue
         if found is None or (found != wanted if ordered else Counter(found) != Counter(wanted)):
-            return False
+            right = False
         told = told or _tells(wanted)
     # Where no filling gives any result, nothing but the same words says that a query is the right one.
-    return told or _plain(predicted) == _plain(expected)
+    return right and (told or _plain(predicted) == _plain(expected))
 
 
 def _tells(rows: list[_Row]) -> bool:
@@ -136,19 +144,12 @@ def _plain(sql: str) -> str:
     return " ".join(sql.rstrip("; \n").lower().split())
 
 
-def _can_be_filled(statements: Collection[str], expected: str) -> bool:
-    try:
-        _filled(statements, expected, "", 0).close()
-    except _REFUSALS:
-        return False
-    return True
-
-
 def _filled(statements: Collection[str], expected: str, predicted: str, filling: int) -> sqlite3.Connection:
     """The tables in memory, filled, and open for reading only.
 
-    The rows hold the literals of `expected` and near misses of them in each column that could take them, and those that
-    `predicted` compares a column with, so that a wrong condition, column or aggregate has another result.
+    The rows hold the literals of `expected` and near misses of them in each column that could take them, so that a wrong
+    condition, column or aggregate has another result; and those that `predicted` compares a column with, since a condition
+    that is too much may leave all other rows, or none.
     """
     connection = sqlite3.connect(":memory:", isolation_level=None)
     for limit, value in _LIMITS.items():
@@ -182,12 +183,16 @@ def _cells(
         known = every if key else rng.choices([1 + n % _JOINED for n in every[:_JOINED_HERE]], k=_ROWS)
         # Digits in text columns too: the other side of a join may have the other type.
         return [n if numeric else str(n) for n in known]
-    # Ties would leave the order of a result open, so an ordered column holds no value twice.
-    ordered = re.search(rf"\bORDER\s+BY\b.*\b{name}\b", bare, re.IGNORECASE | re.DOTALL) is not None
+    # Ties would leave the order of a result open, so an ordered column holds no value twice; nor does one whose largest
+    # is asked for, which may be found by ordering.
+    ordered = re.search(_ORDERS.replace("NAME", name), bare, re.IGNORECASE | re.DOTALL) is not None
     compared, predictions = _compared(name, expected), _compared(name, predicted)
     if numeric:
         numbers = _floats(compared) or _floats(_NUMBER.findall(bare))
-        return _numbers(numbers + _floats(predictions), bool(compared) and not ordered, rng)
+        theirs = _floats(predictions)
+        if "INT" in declared.upper():
+            theirs = [number for number in theirs if number.is_integer()]
+        return _numbers(numbers, theirs, not ordered, rng)
     texts = (compared or _literals(expected)) + predictions
     return _texts(column, texts[:_ROWS], ordered, rng)
 
@@ -210,18 +215,21 @@ def _literals(sql: str) -> list[str]:
     return texts + _NUMBER.findall(_bare(sql))
 
 
-def _numbers(literals: list[float], repeated: bool, rng: random.Random) -> list[_Cell]:
-    near = {value + step for value in literals for step in (-1, 0, 1)}
+def _numbers(literals: list[float], others: list[float], repeated: bool, rng: random.Random) -> list[_Cell]:
+    """Values near the `literals`, near the `others` as far as there is room, and by chance."""
+    every = [value + step for values in (literals, others) for value in values for step in (0, -1, 1)]
+    near = list(dict.fromkeys(every))[:_ROWS]
     pool = {float(rng.randint(1, 3_000)) for _ in range(2 * _ROWS)}
-    for value in literals:
+    for value in literals + others:
         # Half of the other rows on each side of the literal, however large it is.
         reach = max(_ROWS, int(value))
         pool |= {float(int(value) + rng.randint(-reach, reach)) for _ in range(2 * _ROWS)}
-    others = rng.sample(sorted(pool - near), _ROWS)
-    cells = sorted(near)[:_ROWS]
-    if repeated and near:
-        cells += rng.choices(literals, k=_ROWS // 4) + rng.choices(sorted(near), k=_ROWS // 4)
-    cells = (cells + others)[:_ROWS]
+    far = rng.sample(sorted(pool.difference(near)), _ROWS)
+    cells = list(near)
+    if repeated:
+        again = near or far[: _ROWS // 4]
+        cells += rng.choices(literals or again, k=_ROWS // 4) + rng.choices(again, k=_ROWS // 4)
+    cells = (cells + far)[:_ROWS]
     rng.shuffle(cells)
     return [int(cell) if cell.is_integer() else cell for cell in cells]
 

@@ -11,8 +11,8 @@ class FileInfo(TypedDict):
     sha256: str
 
 
-def number(content: bytes) -> int:
-    """64 bits, as the key of what may be one of many millions."""
+def key64(content: bytes) -> int:
+    """64 bits: enough that of many millions no two are the same."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 

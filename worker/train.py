@@ -42,15 +42,14 @@ def make(context: Context, attempt: Attempt) -> bool:
 def _inputs(context: Context, attempt: Attempt) -> Run:
     """Everything the trainer needs, as files on this machine."""
     job, work = attempt.job, attempt.work
-    with reading(context.sessions) as session:
-        saved, planned = events.checkpoints(session, job.id), events.latest(session, job.id, "plan")
     run = artifacts.fetch_run(context, job, work)
     if job.checkpoint_spec is not None:
-        return run  # they were made with another spec
+        return run  # from the beginning: its checkpoints were made with another spec
+    with reading(context.sessions) as session:
+        saved, planned = events.checkpoints(session, job.id), events.planned(session, job.id)
     resume, best = fetch_checkpoints(context, attempt, saved)
     # A run that goes on holds its weights as before, whatever memory is free now: other roundings, other losses.
-    kept = planned.data.get("weights_kept") if resume and planned and planned.data else None
-    return replace(run, resume=resume, best=best, kept=kept)
+    return replace(run, resume=resume, best=best, kept=planned.get("weights_kept") if resume else None)
 
 
 def fetch_checkpoints(

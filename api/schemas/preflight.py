@@ -17,7 +17,7 @@ class Lines(BaseModel):
 
 class RowsOut(BaseModel):
     """`validation_dropped`, `validation_truncated`: of a validation data set of its own. `in_both`: validation rows that
-    are trained, too."""
+    are trained, too, or were by the adapter to continue from."""
 
     used: int
     validation: int

@@ -42,13 +42,11 @@ def page(session: Session, project_id: str, *, limit: int, after: str | None) ->
 
 
 def trained_on(adapter: Adapter) -> tuple[Trained, ...]:
-    """By its certificate, with what the adapter that it continued from was trained on."""
-    told = adapter.certificate or {}
-    hashes, spec = told.get("hashes", {}), told.get("spec", {})
+    """By its certificate, with what that says of the adapter that it continued from."""
+    hashes = (adapter.certificate or {}).get("hashes", {})
     if "dataset" not in hashes:
         return ()
-    fraction = (spec.get("validation") or {}).get("fraction")
-    last = Trained(hashes["dataset"], fraction, told.get("seed", 0))
+    last = Trained(hashes["dataset"], hashes.get("held_back"))
     return (*(Trained(**one) for one in hashes.get("earlier", [])), last)
 
 

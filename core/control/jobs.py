@@ -237,9 +237,7 @@ def _queue_again(session: Session, job: Job, changes: dict[str, Any]) -> None:
     spec = spec_changes.merged(job.spec, changes) if changes else job.spec
     different = spec_changes.changed(before, spec)
     made_with = job.checkpoint_spec or before
-    # The last plan, unless that was another run's.
-    planned = None if job.checkpoint_spec else events.latest(session, job.id, "plan")
-    epoch = (planned.data or {}).get("steps_per_epoch") if planned else None
+    epoch = events.planned(session, job.id).get("steps_per_epoch")
     reasons = spec_changes.unfit(made_with, spec, saved[0].step, epoch) if saved else []
     whence = f"from the checkpoint of step {saved[0].step}" if saved else "from the beginning"
     if reasons:

@@ -242,6 +242,18 @@ def test_changes_that_cannot_be_are_taken_back_without_a_loss(sessions: Sessions
         assert [row.step for row in events.checkpoints(session, failed.id)] == [10]
 
 
+def test_a_retry_is_judged_by_the_run_that_made_the_checkpoints(sessions: Sessions, failed: Job) -> None:
+    changes = {"training": {"epochs": 2, "learning_rate": 0.001}}
+    with sessions.begin() as session:
+        for kind, steps in (("plan", 5), ("checkpoint", 0), ("plan", 50)):
+            events.add(session, failed.id, kind, "Of step 10.", data={"steps_per_epoch": steps})
+    assert not retry(sessions, failed, changes)  # all ten steps were done at another rate
+    for _ in range(2):
+        with sessions.begin() as session:
+            jobs.cancel(session, failed.project_id, failed.id)
+        assert not retry(sessions, failed)
+
+
 @pytest.mark.parametrize(("epochs", "fits"), [(2, True), (1, False)])
 def test_a_checkpoint_beyond_a_new_end_in_epochs_is_not_used(
     sessions: Sessions, failed: Job, epochs: int, fits: bool

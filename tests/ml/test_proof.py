@@ -136,7 +136,7 @@ def test_an_adapter_that_goes_on_names_what_the_first_was_trained_on(make: runs.
     run = make("first", fraction=0.3, training={"max_steps": 2})
     result, _ = runs.train(run)
     assert result.adapter is not None
-    earlier = (Trained("0" * 64, None, 7), Trained(sha256(run.train.path), None, 3))
+    earlier = (Trained("0" * 64, None), Trained(sha256(run.train.path), "1" * 64))
     spec = {"continue_from": "ad_1", "training": {"max_steps": 2}}
     second = replace(make("second", fraction=0.3, start=result.adapter, **spec), earlier=earlier)
     result, _ = runs.train(second)
@@ -145,8 +145,11 @@ def test_an_adapter_that_goes_on_names_what_the_first_was_trained_on(make: runs.
     certificate = proved["certificate"]
     assert certificate["evaluation"]["rows"] == 0
     assert "All validation rows are trained, too" in certificate["evaluation"]["verdict"]["words"]
-    row = Adapter(certificate=certificate)
-    assert adapters.trained_on(row) == (*earlier, Trained(sha256(run.train.path), None, second.spec.seed))
+    found = adapters.trained_on(Adapter(certificate=certificate))
+    assert found == (*earlier, Trained(sha256(run.train.path), certificate["hashes"]["held_back"]))
+    third = replace(second, earlier=found[2:])
+    rows = data.rows_of(third, contracts.load(run.model.path), context=512)
+    assert (rows.in_both, bool(rows.held_back)) == ([], True)
 
 
 def test_a_metric_that_was_asked_for_and_scores_no_row_marks_the_adapter(make: runs.MakeRun) -> None:

@@ -21,7 +21,7 @@ _PLAN_NOTES = {
     "truncated": "rows are too long and lost the beginning of their prompt",
     "validation_dropped": "validation rows are too long and left out",
     "validation_truncated": "validation rows are too long and lost the beginning of their prompt",
-    "in_both": "validation rows are trained too, so their loss proves nothing",
+    "in_both": "validation rows are trained too, or were before, so their loss proves nothing",
 }
 
 

@@ -40,6 +40,17 @@ def latest(session: Session, job_id: str, type_: str) -> JobEvent | None:
     return session.scalars(query.order_by(JobEvent.id.desc()).limit(1)).first()
 
 
+def planned(session: Session, job_id: str) -> dict[str, Any]:
+    """What was planned for the run that made the newest checkpoint; for the last run, where there is none."""
+    saved = latest(session, job_id, "checkpoint")
+    plans = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == "plan")
+    if saved is not None:
+        # A run that began anew since then, and came to no checkpoint, had other plans.
+        plans = plans.where(JobEvent.id < saved.id)
+    plan = session.scalars(plans.order_by(JobEvent.id.desc()).limit(1)).first()
+    return (plan.data or {}) if plan else {}
+
+
 def page(session: Session, job_id: str, *, limit: int, before: int | None) -> list[JobEvent]:
     """Newest first; one more than `limit`, to tell whether there are more."""
     query = select(JobEvent).where(JobEvent.job_id == job_id)

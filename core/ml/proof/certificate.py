@@ -15,8 +15,9 @@ from core.ml import contract as contracts
 from core.ml.inference.greedy import Tick
 from core.ml.proof import card, checks, loading, questions
 from core.ml.proof.evaluate import Evaluation, evaluate, perplexity
-from core.ml.training import data, plan
+from core.ml.training import data, plan, split
 from core.ml.training.config import Spec
+from core.ml.training.data import Rows
 from core.ml.training.run import Run, Source
 
 CERTIFICATE_FILE = "certificate.json"
@@ -81,7 +82,7 @@ def prove(
         "base_model": run.model.name,
         "checks": [check.as_dict() for check in held],
         "evaluation": found.as_dict(),
-        "hashes": _hashes(run, folder),
+        "hashes": _hashes(run, rows, folder),
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in _LIBRARIES},
         "seed": spec.seed,
@@ -108,10 +109,12 @@ def _spec_of(kept: Mapping[str, Any]) -> Spec:
     return Spec.model_validate({name: value for name, value in kept.items() if name != "validation"})
 
 
-def _hashes(run: Run, folder: Path) -> dict[str, Any]:
+def _hashes(run: Run, rows: Rows, folder: Path) -> dict[str, Any]:
     made: dict[str, Any] = {"dataset": sha256(run.train.path)}
     if run.valid is not None:
         made["validation"] = sha256(run.valid.path)
+    elif rows.held_back:
+        made["held_back"] = split.name([rows.data.prompt_keys[place] for place in rows.held_back])
     if run.earlier:
         made["earlier"] = [asdict(one) for one in run.earlier]
     base = {

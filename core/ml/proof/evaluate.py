@@ -9,6 +9,7 @@ trained more than once: in one pass over rows that are all different, from an ad
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -152,9 +153,8 @@ def evaluate(
     trained_rows = plan.trained_rows(spec, rows)
     steps = plan.total_steps(spec, trained_rows) if step is None else step
     passes = steps / plan.steps_per_epoch(spec, trained_rows)
-    keys = [rows.data.keys[place] for place in rows.train]
-    again = passes > 1 or len(set(keys)) < len(keys) or spec.continue_from is not None
-    trained = _spread(rows, min(len(kept), _TRAINED)) if kept and again else []
+    again = _seen_again(rows) if passes <= 1 and spec.continue_from is None else rows.train
+    trained = _spread(rows, again, min(len(kept), _TRAINED))
 
     def side(*, base: bool) -> Side:
         # Without validation rows there is nothing to compare answers on.
@@ -194,10 +194,16 @@ def _kept(rows: Rows, lines: list[int]) -> list[int]:
     return [place for place, line in enumerate(lines) if line not in shared] if rows.valid_count else []
 
 
-def _spread(rows: Rows, count: int) -> list[LabelledIds]:
-    """So many training rows, from the first to the last."""
-    places = np.linspace(0, len(rows.train) - 1, min(count, len(rows.train))).astype(int)
-    return [rows.data.examples[rows.train[int(place)]] for place in places]
+def _seen_again(rows: Rows) -> list[int]:
+    """Places of the training rows that stand in the data more than once."""
+    times = Counter(rows.data.keys[place] for place in rows.train)
+    return [place for place in rows.train if times[rows.data.keys[place]] > 1]
+
+
+def _spread(rows: Rows, places: Sequence[int], count: int) -> list[LabelledIds]:
+    """So many of these rows, from the first to the last."""
+    picked = np.linspace(0, len(places) - 1, min(count, len(places))).astype(int)
+    return [rows.data.examples[places[int(place)]] for place in picked]
 
 
 def _fitting(
@@ -250,8 +256,8 @@ def _better(found: Evaluation) -> tuple[Better | None, str]:
     if loss is None and found.valid:
         return (
             None,
-            "All validation rows are trained, too, so nobody can tell whether it is better than its base model, and no "
-            "answer was scored.",
+            "All validation rows are trained, too, or were before, so nobody can tell whether it is better than its base "
+            "model, and no answer was scored.",
         )
     if loss is None:
         return None, "Without validation rows nobody can tell whether it is better than its base model."

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from core.errors import BadRequest, GraftError
-from core.hashes import number
+from core.hashes import key64
 from core.ml import prompts
 from core.ml.formats import validate
 from core.ml.formats.chat.example import Example
@@ -121,7 +121,8 @@ def rows_of(run: Run, contract: Contract, *, context: int, count_until: float | 
         return Rows(data, range(len(data.lines)), [], valid, list(both))
     if run.fraction is not None:
         train, held = split.divided(data.prompt_keys, run.fraction, run.spec.seed)
-        both = [data.lines[place] for place in held] if split.trained_before(run) else []
+        name = split.name([data.prompt_keys[place] for place in held])
+        both = [data.lines[place] for place in held] if split.trained_before(run, name) else []
         return Rows(data, train, held, None, both)
     return Rows(data, range(len(data.lines)), [], None, [])
 
@@ -266,8 +267,8 @@ def _add(made: Tokenised, line: int, fitting: Encoded, whole: Encoded) -> None:
     """`whole` is the row before it was cut: what is left of equal prompts depends on their answers."""
     made.lines.append(line)
     made.lengths.append(len(fitting.ids))
-    made.keys.append(number(array("i", fitting.ids).tobytes()))
-    made.prompt_keys.append(number(array("i", whole.ids[: whole.prompt]).tobytes()))
+    made.keys.append(key64(array("i", fitting.ids).tobytes()))
+    made.prompt_keys.append(key64(array("i", whole.ids[: whole.prompt]).tobytes()))
     made.trained.append(sum(fitting.trained))
 
 

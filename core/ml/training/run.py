@@ -19,21 +19,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Trained:
-    """What an adapter was trained on: the sha256 of a data set's file, of which this seed held a fraction back."""
+    """What an adapter was trained on: the sha256 of a data set's file, and the name (`split.name`) of the rows of it that
+    were held back; None: none, or nobody knows which."""
 
     dataset: str
-    fraction: float | None
-    seed: int
+    held_back: str | None
 
 
 @dataclass(frozen=True)
 class Run:
     """`work` is an empty folder of this run; `resume` a checkpoint folder known to be whole, `best` the one with the
     lowest validation loss so far; `start` is the folder of the adapter to continue from, and `earlier` what that was
-    trained on. `recoveries` are the
-    changes that earlier attempts made to the spec to go on, oldest first: {step, cause, changes}. `kept`: whether the 4-bit weights lay in
-    memory dequantised in earlier attempts; None in the first. So many `processes` share every optimizer step; with
-    "fsdp" they share the model too."""
+    trained on. `recoveries` are the changes that earlier attempts made to the spec to go on, oldest first: {step, cause,
+    changes}. `kept`: whether the 4-bit weights lay in memory dequantised in earlier attempts; None in the first. So many
+    `processes` share every optimizer step; with "fsdp" they share the model too."""
 
     model: BaseModel
     spec: Spec

@@ -1,15 +1,17 @@
 """Which rows are held back, and which of those prove nothing because they are trained, too."""
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 
-from core.hashes import number, sha256
+from core.hashes import key64, sha256
 from core.ml.training.run import Run
 
 
 def divided(prompts: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Places of training and of validation rows, by the keys of their prompts. Rows with the same prompt stay on the same
     side, and each side has some where there are two prompts."""
-    shares = {key: number(f"{seed} {key}".encode()) / 2**64 for key in prompts}
+    shares = {key: key64(f"{seed} {key}".encode()) / 2**64 for key in prompts}
     held = {key for key, share in shares.items() if share < fraction}
     if len(shares) > 1 and not held:
         held = {min(shares, key=lambda key: shares[key])}
@@ -20,25 +22,21 @@ def divided(prompts: Sequence[int], fraction: float, seed: int) -> tuple[list[in
     return sorted({*places} - {*back}), back
 
 
+def name(prompts: Sequence[int]) -> str:
+    """The same for the same prompts, by their keys, in any order."""
+    return hashlib.sha256(array("Q", sorted(set(prompts))).tobytes()).hexdigest()
+
+
 def shared(valid: Sequence[int], train: Sequence[int]) -> list[int]:
     """Places of the validation rows whose keys training rows have."""
     known = set(train)
     return [place for place, key in enumerate(valid) if key in known]
 
 
-def trained_before(run: Run) -> bool:
-    """Whether the adapter that the run continues from was trained on the rows that are held back."""
+def trained_before(run: Run, held: str | None = None) -> bool:
+    """Whether the adapter that the run continues from was trained on its validation rows: on those of its validation data
+    set, or on some of those with the name `held`."""
     if not run.earlier:
         return False
-    if run.valid is not None:
-        rows = sha256(run.valid.path)
-        return any(one.dataset == rows for one in run.earlier)
-    rows, fraction = sha256(run.train.path), run.fraction
-    if fraction is None:
-        return False
-    # With the same seed a smaller share is a part of the larger one.
-    return any(
-        one.dataset == rows
-        and not (one.fraction is not None and one.seed == run.spec.seed and fraction <= one.fraction)
-        for one in run.earlier
-    )
+    rows = sha256(run.valid.path if run.valid else run.train.path)
+    return any(one.dataset == rows and (held is None or one.held_back != held) for one in run.earlier)

@@ -1,4 +1,4 @@
-"""What a device or a precision cannot do, refused before anything is loaded, with the reason. No torch."""
+"""What a device, a precision, a model or the rows cannot do, refused before anything is loaded, with the reason. No torch."""
 
 from collections.abc import Iterable
 

@@ -126,6 +126,13 @@ def test_what_a_tool_cannot_say_stands_at_the_top(change: dict[str, Any], words:
         assert words in head(tool, SPEC | change)
 
 
+@pytest.mark.parametrize("tool", ["trl", "axolotl", "llamafactory"])
+def test_a_name_that_no_other_tool_knows_is_told(tool: Tool) -> None:
+    words = 'Only this Graft knows "ours"'
+    assert words in scripts.write(tool, "job_1", "ours", SPEC, CHATS)
+    assert "Only this Graft" not in written(tool)
+
+
 def test_what_becomes_of_long_rows_is_said_of_each_tool() -> None:
     for overlength in ("error", "drop", "truncate"):
         assert "long" not in head("trl", training(overlength=overlength))

@@ -34,6 +34,10 @@ def _shared(plan: Plan) -> list[str]:
         "Rows are shuffled in another order, so losses are near to Graft's, not equal.",
         "A control token of the model that somebody wrote into a text is a token here; in Graft it stays text.",
     ]
+    if "/" not in plan.model:
+        notes.append(
+            f"Only this Graft knows {json.dumps(plan.model)}: put a folder or a name of the hub in its place."
+        )
     if training.max_length == "auto":
         notes.append(f"The job has not been planned yet: {plan.max_length} tokens stand for max_length auto.")
     if spec.evaluation.early_stopping:

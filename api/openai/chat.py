@@ -45,8 +45,12 @@ async def chat(
         head = wire.head("chat.completion.chunk", identity, served.name)
         return event_stream(wire.events(_chunks(body, served, head, told)))
     answer = await while_listening(request, services.engine.complete(served.target, ids, asked))
+
+    def read() -> list[dict[str, Any]]:
+        return [_choice(body, served, choice) for choice in answer["choices"]]
+
     # The log probabilities of a long answer take time that the streams of others must not wait for.
-    choices = await run_in_threadpool(lambda: [_choice(body, served, choice) for choice in answer["choices"]])
+    choices = await run_in_threadpool(read) if body.logprobs else read()
     return {
         **wire.head("chat.completion", identity, served.name),
         "choices": choices,

@@ -60,10 +60,12 @@ async def completions(
 
     answers = await while_listening(request, everyone())
     said = [choice for answer in answers for choice in answer["choices"]]
+
+    def read() -> list[dict[str, Any]]:
+        return [_Written(body, served).choice(choice, index) for index, choice in enumerate(said)]
+
     # The log probabilities of a long answer take time that the streams of others must not wait for.
-    choices = await run_in_threadpool(
-        lambda: [_Written(served).choice(choice, index) for index, choice in enumerate(said)]
-    )
+    choices = await run_in_threadpool(read) if body.logprobs is not None else read()
     return {
         **head,
         "choices": choices,
@@ -88,7 +90,7 @@ async def _chunks(
 ) -> AsyncIterator[dict[str, Any]]:
     usage = {"usage": None} if body.wants_usage else {}
     last: dict[str, Any] = {}
-    written = [_Written(served) for _ in range(body.n or 1)]
+    written = [_Written(body, served) for _ in range(body.n or 1)]
     async for part in told:
         last = part if part.get("usage") else last
         for choice in part["choices"]:
@@ -101,8 +103,8 @@ async def _chunks(
 class _Written:
     """One output, whole or on its way."""
 
-    def __init__(self, served: Served) -> None:
-        self._logprobs = OfCompletion(served.contract.tokenizer)
+    def __init__(self, body: CompletionRequest, served: Served) -> None:
+        self._logprobs = OfCompletion(served.contract.tokenizer) if body.logprobs is not None else None
         self._length = 0
 
     def choice(self, told: dict[str, Any], index: int) -> dict[str, Any]:
@@ -111,5 +113,5 @@ class _Written:
             "index": index,
             "text": told["text"],
             "finish_reason": told.get("finish_reason"),
-            "logprobs": self._logprobs.told(told.get("logprobs"), self._length),
+            "logprobs": self._logprobs and self._logprobs.told(told.get("logprobs"), self._length),
         }

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,8 +35,6 @@ from worker import device
 from worker.inference import copies, wire
 from worker.inference.schemas import Completion, LoadAdapter
 
-# How often it is asked whether the client still listens.
-_LOOK_SECONDS = 0.25
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 # On disk, from a bucket; one that is asked for after it was removed is fetched again.
 _MOST_COPIES = 64
@@ -150,9 +147,7 @@ def load_adapter(body: LoadAdapter, server: ServerDep) -> dict[str, Any]:
 async def completions(
     body: Completion, request: Request, server: ServerDep
 ) -> dict[str, Any] | StreamingResponse:
-    if not await run_in_threadpool(server.knows, body.model):
-        raise NotFound("model_not_found", f"The model {body.model} is not loaded.")
-    told = _told(server.engine, body, request)
+    told = _told(server, body, request)
     if body.stream:
         first = await anext(told)  # what is wrong with the request shows before the answer begins
         return StreamingResponse(_chunks(body, first, told), media_type="text/event-stream")
@@ -165,7 +160,7 @@ async def completions(
 
 
 async def _told(
-    engine: Engine, body: Completion, request: Request
+    server: Server, body: Completion, request: Request
 ) -> AsyncGenerator[tuple[int, Piece | Finish], None]:
     """What the engine tells of the outputs, by their number; leaving it, or hanging up, cancels them all.
 
@@ -190,26 +185,30 @@ async def _told(
         for one in news:
             queue.put_nowait(one)
 
-    unfinished, looked = body.n, time.monotonic()
+    def submit() -> None:
+        if not server.knows(body.model):
+            raise NotFound("model_not_found", f"The model {body.model} is not loaded.")
+        server.engine.submit(body.model, body.prompt, body.sampling(), tell, gone.is_set, body.cache_salt)
+
+    unfinished, listening = body.n, asyncio.create_task(_listen(request, gone))
     try:
-        await run_in_threadpool(
-            engine.submit, body.model, body.prompt, body.sampling(), tell, gone.is_set, body.cache_salt
-        )
+        await run_in_threadpool(submit)
         while unfinished:
-            if time.monotonic() - looked > _LOOK_SECONDS:
-                looked = time.monotonic()
-                if await request.is_disconnected():
-                    gone.set()
-            try:
-                index, item = await asyncio.wait_for(queue.get(), _LOOK_SECONDS)
-            except TimeoutError:
-                continue
+            index, item = await queue.get()
             if isinstance(item, GraftError):
                 raise item
             unfinished -= isinstance(item, Finish)
             yield index, item
     finally:
         gone.set()
+        listening.cancel()
+
+
+async def _listen(request: Request, gone: threading.Event) -> None:
+    """Until the client hangs up. The request's body has been read, so nothing else comes."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    gone.set()
 
 
 async def _chunks(

@@ -104,15 +104,13 @@ def over_http(engine: Engine, name: str, contract: contracts.Contract, options: 
     with running(GRAFT_ENGINE_BITS="16") as service, ThreadPoolExecutor(options.requests) as together:
         headers = {"authorization": f"Bearer {service.key}", "content-type": "application/json"}
         address = service.url.removeprefix("http://")
-        mine = threading.local()
 
         def post(prompt: list[int]) -> None:
             """With the lightest of clients: what a client takes is not the service's."""
-            if not hasattr(mine, "http"):
-                mine.http = HTTPConnection(address, timeout=600)
+            http = HTTPConnection(address, timeout=600)  # the last one may have been closed in the meantime
             body = {"model": name, "prompt": prompt, "max_tokens": options.tokens, "temperature": 0}
-            mine.http.request("POST", "/v1/completions", json.dumps({**body, "logit_bias": never}), headers)
-            answer = json.loads(mine.http.getresponse().read())
+            http.request("POST", "/v1/completions", json.dumps({**body, "logit_bias": never}), headers)
+            answer = json.loads(http.getresponse().read())
             assert "usage" in answer, answer
             assert answer["usage"]["completion_tokens"] == options.tokens
 

@@ -42,7 +42,8 @@ def page(session: Session, project_id: str, *, limit: int, after: str | None) ->
 
 
 def trained_on(adapter: Adapter) -> tuple[Trained, ...]:
-    """By its certificate, with what that says of the adapter that it continued from."""
+    """What it was trained on, the last at the end, by its certificate, which names what the adapter that it continued from
+    was trained on, too."""
     hashes = (adapter.certificate or {}).get("hashes", {})
     if "dataset" not in hashes:
         return ()

@@ -199,8 +199,12 @@ def test_rows_that_were_held_back_from_that_adapter_too_prove_something(
     rows = data.rows_of(run, contract, context=512)
     keys = [rows.data.prompt_keys[place] for place in rows.held_back]
     assert len(keys) > 1
-    name = {"the same": split_of.name(keys[::-1]), "others": split_of.name(keys[1:]), None: None}[held_back]
-    earlier = (Trained(sha256(train.path), name), Trained("0" * 64, None))
+    kept_apart = {
+        "the same": split_of.fingerprint(keys[::-1]),
+        "others": split_of.fingerprint(keys[1:]),
+        None: None,
+    }[held_back]
+    earlier = (Trained(sha256(train.path), kept_apart), Trained("0" * 64, None))
     rows = data.rows_of(replace(run, earlier=earlier), contract, context=512)
     unseen = held_back == "the same"
     assert rows.in_both == ([] if unseen else [rows.data.lines[place] for place in rows.held_back])

@@ -35,19 +35,19 @@ def after(session: Session, job_id: str, last: int, *, limit: int = 500) -> list
     return list(session.scalars(query.order_by(JobEvent.id).limit(limit)))
 
 
-def latest(session: Session, job_id: str, type_: str) -> JobEvent | None:
+def latest(session: Session, job_id: str, type_: str, *, before: int | None = None) -> JobEvent | None:
+    """The newest event of this type, or the newest of those before the one with this id."""
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == type_)
+    if before is not None:
+        query = query.where(JobEvent.id < before)
     return session.scalars(query.order_by(JobEvent.id.desc()).limit(1)).first()
 
 
 def planned(session: Session, job_id: str) -> dict[str, Any]:
     """What was planned for the run that made the newest checkpoint; for the last run, where there is none."""
     saved = latest(session, job_id, "checkpoint")
-    plans = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == "plan")
-    if saved is not None:
-        # A run that began anew since then, and came to no checkpoint, had other plans.
-        plans = plans.where(JobEvent.id < saved.id)
-    plan = session.scalars(plans.order_by(JobEvent.id.desc()).limit(1)).first()
+    # A run that began anew since then, and came to no checkpoint, had other plans.
+    plan = latest(session, job_id, "plan", before=saved.id if saved else None)
     return (plan.data or {}) if plan else {}
 
 

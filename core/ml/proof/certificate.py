@@ -114,7 +114,7 @@ def _hashes(run: Run, rows: Rows, folder: Path) -> dict[str, Any]:
     if run.valid is not None:
         made["validation"] = sha256(run.valid.path)
     elif rows.held_back:
-        made["held_back"] = split.name([rows.data.prompt_keys[place] for place in rows.held_back])
+        made["held_back"] = split.fingerprint([rows.data.prompt_keys[place] for place in rows.held_back])
     if run.earlier:
         made["earlier"] = [asdict(one) for one in run.earlier]
     base = {

@@ -121,9 +121,8 @@ def rows_of(run: Run, contract: Contract, *, context: int, count_until: float | 
         return Rows(data, range(len(data.lines)), [], valid, list(both))
     if run.fraction is not None:
         train, held = split.divided(data.prompt_keys, run.fraction, run.spec.seed)
-        name = split.name([data.prompt_keys[place] for place in held])
-        both = [data.lines[place] for place in held] if split.trained_before(run, name) else []
-        return Rows(data, train, held, None, both)
+        seen = split.trained_before(run, [data.prompt_keys[place] for place in held])
+        return Rows(data, train, held, None, [data.lines[place] for place in held] if seen else [])
     return Rows(data, range(len(data.lines)), [], None, [])
 
 

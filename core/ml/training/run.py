@@ -19,8 +19,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Trained:
-    """What an adapter was trained on: the sha256 of a data set's file, and the name (`split.name`) of the rows of it that
-    were held back; None: none, or nobody knows which."""
+    """What an adapter was trained on: the sha256 of a data set's file, and the fingerprint of the rows of it that were
+    held back (`split.fingerprint`); None: none, or nobody knows which."""
 
     dataset: str
     held_back: str | None

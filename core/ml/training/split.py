@@ -22,7 +22,7 @@ def divided(prompts: Sequence[int], fraction: float, seed: int) -> tuple[list[in
     return sorted({*places} - {*back}), back
 
 
-def name(prompts: Sequence[int]) -> str:
+def fingerprint(prompts: Sequence[int]) -> str:
     """The same for the same prompts, by their keys, in any order."""
     return hashlib.sha256(array("Q", sorted(set(prompts))).tobytes()).hexdigest()
 
@@ -33,10 +33,12 @@ def shared(valid: Sequence[int], train: Sequence[int]) -> list[int]:
     return [place for place, key in enumerate(valid) if key in known]
 
 
-def trained_before(run: Run, held: str | None = None) -> bool:
+def trained_before(run: Run, held: Sequence[int] = ()) -> bool:
     """Whether the adapter that the run continues from was trained on its validation rows: on those of its validation data
-    set, or on some of those with the name `held`."""
+    set, or on some of those that are held back, with these keys of prompts."""
     if not run.earlier:
         return False
-    rows = sha256(run.valid.path if run.valid else run.train.path)
-    return any(one.dataset == rows and (held is None or one.held_back != held) for one in run.earlier)
+    if run.valid is not None:
+        return sha256(run.valid.path) in {one.dataset for one in run.earlier}
+    rows, apart = sha256(run.train.path), fingerprint(held)
+    return any(one.dataset == rows and one.held_back != apart for one in run.earlier)

@@ -4,10 +4,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import cached_property
+from http import HTTPStatus
 from typing import Any
 from weakref import WeakValueDictionary
 
-import httpx
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector
 
 from core.errors import Conflict, GraftError
 
@@ -34,17 +36,26 @@ class Target:
 
 class Engine:
     def __init__(self, url: str, key: str | None, answer_seconds: float = 600) -> None:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        timeout = httpx.Timeout(answer_seconds + _LOADING_SECONDS, connect=3)
-        # How many may wait is the engine's to say.
-        limits = httpx.Limits(max_connections=None)
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits)
+        self._url = url.rstrip("/")
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._timeout = ClientTimeout(total=None, sock_connect=3, sock_read=answer_seconds + _LOADING_SECONDS)
         # Adapters that this process saw loaded, and at work.
         self._loaded: set[str] = set()
         self._loading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
+    @cached_property
+    def _http(self) -> ClientSession:
+        """Of the event loop that runs."""
+        return ClientSession(
+            # How many may wait is the engine's to say. Connections are left before uvicorn closes them.
+            connector=TCPConnector(limit=0, keepalive_timeout=3),
+            headers=self._headers,
+            timeout=self._timeout,
+            cookie_jar=DummyCookieJar(),
+        )
+
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
     async def complete(self, target: Target, prompt: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
         """One whole completion in the OpenAI form.
@@ -65,27 +76,28 @@ class Engine:
     async def state(self) -> tuple[bool, dict[str, Any]]:
         """Whether it works, and what it says of itself: vLLM says nothing."""
         try:
-            answer = await self._http.get("/health", timeout=2)
-        except httpx.HTTPError:
+            async with self._http.get(f"{self._url}/health", timeout=ClientTimeout(2)) as response:
+                text = await response.read()
+        except (ClientError, TimeoutError):
             return False, {}
         try:
-            said = answer.json()
+            said = json.loads(text)
         except ValueError:
             said = None
-        return answer.status_code == httpx.codes.OK, said if isinstance(said, dict) else {}
+        return response.status == HTTPStatus.OK, said if isinstance(said, dict) else {}
 
-    async def _send(self, target: Target, body: dict[str, Any]) -> httpx.Response:
+    async def _send(self, target: Target, body: dict[str, Any]) -> ClientResponse:
         if target.path is not None and target.name not in self._loaded:
             await self._load(target, body["prompt"])
         response = await self._post("/v1/completions", body)
-        if response.status_code == httpx.codes.NOT_FOUND and target.path is not None:
+        if response.status == HTTPStatus.NOT_FOUND and target.path is not None:
             # It forgot: it was started anew.
-            await response.aclose()
+            response.close()
             self._loaded.discard(target.name)
             await self._load(target, body["prompt"])
             response = await self._post("/v1/completions", body)
-        if response.status_code == httpx.codes.NOT_FOUND and target.path is None:
-            await response.aclose()
+        if response.status == HTTPStatus.NOT_FOUND and target.path is None:
+            response.close()
             raise GraftError(
                 "model_not_served",
                 f"The inference engine does not serve {target.base_model}.",
@@ -105,14 +117,9 @@ class Engine:
     async def _load_once(self, target: Target, prompt: list[int]) -> None:
         asked = {"lora_name": target.name, "lora_path": target.path, "base_model_name": target.base_model}
         response = await self._post("/v1/load_lora_adapter", asked)
-        try:
-            text = (await response.aread()).decode(errors="replace")
-        except httpx.HTTPError as error:
-            raise _unavailable() from error
-        finally:
-            await response.aclose()
-        if response.is_error and "already been loaded" not in text:
-            raise _not_loaded(target, response.status_code, text)
+        text = (await _body(response)).decode(errors="replace")
+        if not response.ok and "already been loaded" not in text:
+            raise _not_loaded(target, response.status, text)
         if not _vouched_for(text):
             await self._probe(target, prompt[:_PROBE_PROMPT])
 
@@ -136,7 +143,7 @@ class Engine:
             told.append((await _read(response))["choices"][0]["logprobs"])
         if told[0] == told[1]:
             unloaded = await self._post("/v1/unload_lora_adapter", {"lora_name": target.name})
-            await unloaded.aclose()
+            unloaded.close()
             raise GraftError(
                 "adapter_inert",
                 f"The inference engine took {target.name}, and answers as the base model does.",
@@ -144,27 +151,32 @@ class Engine:
                 hint="It does not know some layers of this base model for LoRA. Export the adapter merged and serve that.",
             )
 
-    async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+    async def _post(self, path: str, body: dict[str, Any]) -> ClientResponse:
         try:
-            return await self._http.send(self._http.build_request("POST", path, json=body), stream=True)
-        except httpx.HTTPError as error:
+            return await self._http.post(self._url + path, json=body, allow_redirects=False)
+        except ClientError as error:
             raise _unavailable() from error
 
 
-async def _read(response: httpx.Response) -> dict[str, Any]:
+async def _body(response: ClientResponse) -> bytes:
     try:
-        found = json.loads(await response.aread())
-    except httpx.HTTPError as error:
+        return await response.read()
+    except ClientError as error:
         raise _unavailable() from error
+    finally:
+        response.close()
+
+
+async def _read(response: ClientResponse) -> dict[str, Any]:
+    try:
+        found = json.loads(await _body(response))
     except ValueError as error:
         raise _no_json() from error
-    finally:
-        await response.aclose()
     assert isinstance(found, dict)
     return found
 
 
-async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def _chunks(response: ClientResponse) -> AsyncIterator[dict[str, Any]]:
     try:
         async for line in _lines(response):
             if line == b"data: [DONE]":
@@ -176,36 +188,34 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             except ValueError as error:
                 raise _no_json() from error
             if "error" in chunk:
-                raise _said(chunk, httpx.codes.BAD_GATEWAY, "The inference engine failed.")
+                raise _said(chunk, HTTPStatus.BAD_GATEWAY, "The inference engine failed.")
             yield chunk
         raise _unavailable("The inference engine broke off in the middle of the answer.")
-    except httpx.HTTPError as error:
+    except ClientError as error:
         raise _unavailable("The inference engine broke off in the middle of the answer.") from error
     finally:
         # Leaving early closes the connection, and with it the engine stops generating.
-        await response.aclose()
+        response.close()
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Not as httpx divides them, at all that Unicode calls the end of a line: JSON may hold most of it."""
+async def _lines(response: ClientResponse) -> AsyncIterator[bytes]:
+    """Of any length, which those of aiohttp are not."""
     rest = b""
-    async for part in response.aiter_bytes():
+    async for part in response.content.iter_any():
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             yield line.removesuffix(b"\r")
     yield rest
 
 
-async def _raise_for(response: httpx.Response) -> None:
-    if not response.is_error:
+async def _raise_for(response: ClientResponse) -> None:
+    if response.ok:
         return
     try:
-        body = json.loads(await response.aread())
-    except (ValueError, httpx.HTTPError):
+        body = json.loads(await _body(response))
+    except (ValueError, GraftError):
         body = None
-    await response.aclose()
-    status = response.status_code
-    raise _said(body, status, f"The inference engine answered {status}.")
+    raise _said(body, response.status, f"The inference engine answered {response.status}.")
 
 
 def _said(body: Any, status: int, otherwise: str) -> GraftError:
@@ -217,7 +227,7 @@ def _said(body: Any, status: int, otherwise: str) -> GraftError:
     return GraftError(
         "engine_error" if not code or code.isdecimal() else code,
         texts.get("message") or otherwise,
-        status=status if status in _PASSED_ON else httpx.codes.BAD_GATEWAY,
+        status=status if status in _PASSED_ON else HTTPStatus.BAD_GATEWAY,
         param=texts.get("param"),
         hint=texts.get("hint"),
     )

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from ulid import ULID
 
@@ -28,7 +28,7 @@ _NEW_TOKENS = 2048
 @router.post("/chat/completions", response_model=None)
 async def chat(
     body: ChatRequest, request: Request, services: ServicesDep, caller: CallerDep
-) -> dict[str, Any] | StreamingResponse:
+) -> JSONResponse | StreamingResponse:
     """Answer a conversation as OpenAI does; `model` is a base model, an adapter, or `job_…@latest`."""
     served, ids, new = await run_in_threadpool(_prepare, body, services, caller.project_id)
     asked = {
@@ -51,12 +51,14 @@ async def chat(
 
     # The log probabilities of a long answer take time that the streams of others must not wait for.
     choices = await run_in_threadpool(read) if body.logprobs else read()
-    return {
-        **wire.head("chat.completion", identity, served.name),
-        "choices": choices,
-        "usage": wire.usage(answer),
-        "served_by": answer.get("served_by"),
-    }
+    return JSONResponse(
+        {
+            **wire.head("chat.completion", identity, served.name),
+            "choices": choices,
+            "usage": wire.usage(answer),
+            "served_by": answer.get("served_by"),
+        }
+    )
 
 
 def _prepare(body: ChatRequest, services: Services, project_id: str) -> tuple[Served, list[int], int]:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from ulid import ULID
 
@@ -29,7 +29,7 @@ _AT_ONCE = 4
 @router.post("/completions", response_model=None)
 async def completions(
     body: CompletionRequest, request: Request, services: ServicesDep, caller: CallerDep
-) -> dict[str, Any] | StreamingResponse:
+) -> JSONResponse | StreamingResponse:
     """Go on with a text, or with token ids, as OpenAI does; `model` as in /v1/chat/completions."""
     served, prompts = await run_in_threadpool(_prepare, body, services, caller.project_id)
     asked = {**body.sampling(), "max_tokens": body.max_tokens or _NEW_TOKENS, "cache_salt": caller.project_id}
@@ -66,12 +66,8 @@ async def completions(
 
     # The log probabilities of a long answer take time that the streams of others must not wait for.
     choices = await run_in_threadpool(read) if body.logprobs is not None else read()
-    return {
-        **head,
-        "choices": choices,
-        "usage": wire.usage(*answers),
-        "served_by": answers[0].get("served_by"),
-    }
+    usage, served_by = wire.usage(*answers), answers[0].get("served_by")
+    return JSONResponse({**head, "choices": choices, "usage": usage, "served_by": served_by})
 
 
 def _prepare(body: CompletionRequest, services: Services, project_id: str) -> tuple[Served, list[list[int]]]:

@@ -135,7 +135,7 @@ def building(
                 ours = projects.default_project(session).id
                 theirs = projects.create_project(session, "theirs").id
                 _, foreign = projects.create_key(session, theirs, "stranger", Role.MEMBER)
-            return Api(app, _with_key(app, ADMIN_KEY), _with_key(app, foreign), nobody, ours)
+            return Api(app, _with_key(nobody, ADMIN_KEY), _with_key(nobody, foreign), nobody, ours)
 
         yield build
     root.handlers[:], root.level, tempfile.tempdir = before
@@ -158,9 +158,12 @@ def shared_api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         yield build()
 
 
-def _with_key(app: FastAPI, key: str) -> TestClient:
+def _with_key(running: TestClient, key: str) -> TestClient:
+    """A client of the app that runs already, in the same event loop as a server has it."""
     headers = {"authorization": f"Bearer {key}"}
-    return TestClient(app, raise_server_exceptions=False, headers=headers)
+    client = TestClient(running.app, raise_server_exceptions=False, headers=headers)
+    client.portal = running.portal
+    return client
 
 
 @pytest.fixture

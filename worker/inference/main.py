@@ -146,7 +146,7 @@ def load_adapter(body: LoadAdapter, server: ServerDep) -> dict[str, Any]:
 @router.post("/completions", response_model=None)
 async def completions(
     body: Completion, request: Request, server: ServerDep
-) -> dict[str, Any] | StreamingResponse:
+) -> JSONResponse | StreamingResponse:
     told = _told(server, body, request)
     if body.stream:
         first = await anext(told)  # what is wrong with the request shows before the answer begins
@@ -156,7 +156,9 @@ async def completions(
         outputs[index].add(item)
     choices = [output.choice(index, body) for index, output in enumerate(outputs)]
     ends = [output.finish for output in outputs if output.finish is not None]
-    return {**wire.head(body), "choices": choices, "usage": wire.usage(body, ends), "served_by": ends[0].path}
+    usage, served_by = wire.usage(body, ends), ends[0].path
+    # As it is: FastAPI would walk through every log probability first.
+    return JSONResponse({**wire.head(body), "choices": choices, "usage": usage, "served_by": served_by})
 
 
 async def _told(

@@ -76,6 +76,16 @@ def free_bytes() -> int:
     return memory.free_bytes()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of the device or of the memory beside it says that memory is short."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in said or "out of memory" in said or "CUBLAS_STATUS_ALLOC_FAILED" in said
+    )
+
+
 def settle(quantization: Quantization) -> Precision:
     """The precision on this machine: bfloat16 where the processor has it, float16 on older GPUs."""
     dtype = quantization.compute_dtype

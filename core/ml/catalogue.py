@@ -128,7 +128,10 @@ def known(catalogue: Catalogue) -> list[BaseModel]:
 
 def context(model: BaseModel) -> int:
     """How many tokens a model reads whose files are here; 2048 where its configuration does not say."""
-    return int(configuration(model).get("max_position_embeddings") or 2048)
+    found = configuration(model)
+    found |= found.get("text_config") or {}
+    # The second is GPT-2's, and of those that came after it.
+    return int(found.get("max_position_embeddings") or found.get("n_positions") or 2048)
 
 
 def configuration(model: BaseModel) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from core.ml.inference import bases
 from core.ml.inference.text import TextStream
 from tests import tiny
 
@@ -78,8 +79,32 @@ def test_a_text_that_goes_on_keeps_the_space_between() -> None:
     tokenizer = byte_fallback()
     once, upon, a, time = (tokenizer.convert_tokens_to_ids(word) for word in ("Once", "▁upon", "▁a", "▁time"))
     assert "".join(written(tokenizer, [a, time], [once, upon])) == " a time"
-    # After a mark of the template the answer begins.
-    assert "".join(written(tokenizer, [a, time], [once, tokenizer.bos_token_id])) == "a time"
+
+
+def test_after_a_mark_of_the_template_text_begins_anew() -> None:
+    tokenizer = byte_fallback()
+    marks = frozenset(tokenizer.added_tokens_decoder)
+    base = bases.Base({}, len(tokenizer), 8, frozenset(), tokenizer, marks)
+    once, upon = (tokenizer.convert_tokens_to_ids(word) for word in ("Once", "▁upon"))
+    assert bases.before(base, [once, upon]) == [once, upon]
+    assert bases.before(base, [once, tokenizer.bos_token_id]) == []
+
+
+def test_a_character_that_the_prompt_begins_is_not_lost() -> None:
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer("ab🙂c", add_special_tokens=False)["input_ids"]
+    for cut in range(3, len(ids) - 1):
+        assert "".join(written(tokenizer, ids[cut:], ids[:cut])) == "🙂c"
+    assert "".join(written(tokenizer, ids[-1:], ids[:4])) == "c"
+    assert "".join(written(tokenizer, [], ids[:4])) == ""
+
+
+def test_marks_that_are_no_text_do_not_break_the_character_after_them() -> None:
+    tokenizer = tiny.tokenizer()
+    smile = tokenizer("🙂", add_special_tokens=False)["input_ids"]
+    assert len(smile) > 1
+    pieces = written(tokenizer, [*[tokenizer.eos_token_id] * 40, *smile])
+    assert "".join(pieces) == "🙂"
 
 
 @pytest.mark.parametrize(

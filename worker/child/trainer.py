@@ -26,7 +26,7 @@ from core.ml.export.run import Export
 from core.ml.proof import certificate
 from core.ml.quantization import Quantization
 from core.ml.training import assembly, sft
-from core.ml.training.loop import guard, watchdog
+from core.ml.training.loop import watchdog
 from core.ml.training.loop.reporter import Report, alive
 from core.ml.training.probe import measure
 from core.ml.training.run import Run
@@ -182,7 +182,7 @@ def _errors(report: Report) -> Iterator[None]:
         raise  # the worker or its log is gone: a crash, from which the job goes on
     except Exception as error:  # noqa: BLE001 - every end of a run is reported, with its cause
         logger.error("the work broke off\n%s", traceback.format_exc())  # noqa: TRY400
-        if guard.is_out_of_memory(error):
+        if base_model.is_out_of_memory(error):
             _report(report, OutOfMemory())
             return
         if is_disk_full(error):

@@ -15,6 +15,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -36,6 +37,8 @@ from worker.inference import copies, wire
 from worker.inference.schemas import Completion, LoadAdapter
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Of the seconds for which uvicorn lets go on what is being answered (--timeout-graceful-shutdown 5).
+_LAST_SECONDS = 3
 # On disk, from a bucket; one that is asked for after it was removed is fetched again.
 _MOST_COPIES = 64
 
@@ -95,13 +98,32 @@ class Server:
 def create_app() -> FastAPI:
     settings = load()
     log.setup(settings.log_level)
-    app = FastAPI(title="Graft inference", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="Graft inference", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.state.server = Server(settings)
     app.state.started_at = datetime.now(UTC)
     app.add_exception_handler(GraftError, _error)
     app.include_router(router)
     app.add_api_route("/health", _health)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Asked to end, the engine goes on for a while and then tells those who still wait; uvicorn would cut them off."""
+    uvicorns = signal.getsignal(signal.SIGTERM)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        closing = threading.Timer(_LAST_SECONDS, app.state.server.engine.close, kwargs={"wait": False})
+        closing.daemon = True
+        closing.start()
+        if callable(uvicorns):
+            uvicorns(number, frame)
+
+    if threading.current_thread() is threading.main_thread():  # others hear of no signals
+        signal.signal(signal.SIGTERM, end)
+    yield
 
 
 async def _health(request: Request, response: Response) -> dict[str, Any]:
@@ -227,9 +249,10 @@ async def _chunks(
                 if isinstance(item, Finish):
                     ends.append(item)
                     choice = wire.choice(index, "", [], item.reason, body)
+                    served_by = {"served_by": item.path}
                 else:
-                    choice = wire.choice(index, item.text, item.choices, None, body)
-                yield wire.event({**head, "choices": [choice], "usage": None})
+                    choice, served_by = wire.choice(index, item.text, item.choices, None, body), {}
+                yield wire.event({**head, "choices": [choice], "usage": None, **served_by})
                 if len(ends) == body.n:
                     break
                 index, item = await anext(rest)

@@ -82,5 +82,5 @@ def usage(body: Completion, ends: Sequence[Finish]) -> dict[str, Any]:
         "prompt_tokens": len(body.prompt),
         "completion_tokens": written,
         "total_tokens": len(body.prompt) + written,
-        "prompt_tokens_details": {"cached_tokens": max((end.cached for end in ends), default=0)},
+        "prompt_tokens_details": {"cached_tokens": min((end.cached for end in ends), default=0)},
     }

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from core.errors import GraftError
+from core.ml import base_model
 from core.ml.inference.batch.attention import Cache
 from core.ml.inference.batch.lora import Adapter
 from core.ml.inference.sampling import Choice, Sampler, Sampling
@@ -127,6 +126,9 @@ class Answering:
         self.over = self.failed = True
         self.tell(error)
 
+    def fail_without_numbers(self) -> None:
+        self.fail(GraftError("engine_error", "The model computed no numbers for this prompt.", status=502))
+
     def leave(self) -> bool:
         """Whether it is over, or nobody waits for it any more; then that is told."""
         if self.over:
@@ -144,14 +146,15 @@ def device_busy() -> GraftError:
 
 
 def unavailable(why: str | None) -> GraftError:
-    return GraftError("engine_unavailable", f"The engine is not there: {why}", status=503)
+    hint = "Ask again in some seconds. GET /health/ready shows its state."
+    return GraftError("engine_unavailable", f"The engine is not there: {why}.", status=503, hint=hint)
 
 
-def failed(error: Exception) -> GraftError:
+def failed(error: BaseException) -> GraftError:
     """What the one is told whose answer broke with this."""
     if isinstance(error, GraftError):
         return error
-    if isinstance(error, torch.OutOfMemoryError):
+    if base_model.is_out_of_memory(error):
         message = "There is no memory for this answer beside what runs on this machine."
         return GraftError("device_full", message, status=503)
     return GraftError(

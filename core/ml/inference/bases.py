@@ -25,13 +25,14 @@ BUILDING = threading.Lock()
 @dataclass(frozen=True)
 class Base:
     """`layers`: (outputs, inputs) of each that adapters can be added
-    to; none where the batch does not read it."""
+    to; none where the batch does not read it. `marks`: tokens that are none of the text, as those of templates."""
 
     layers: dict[str, tuple[int, int]]
     vocabulary: int
     context: int
     ends: frozenset[int]
     tokenizer: Any
+    marks: frozenset[int]
 
 
 def look(models: Catalogue, name: str) -> Base:
@@ -51,10 +52,11 @@ def look(models: Catalogue, name: str) -> Base:
     contract = contracts.load_cached(model.path)
     return Base(
         layers,
-        config.vocab_size,
+        config.get_text_config().vocab_size,
         catalogue.context(model),
         frozenset(contract.stop_token_ids),
         contract.tokenizer,
+        frozenset(contract.tokenizer.added_tokens_decoder),
     )
 
 
@@ -67,7 +69,9 @@ def load(models: Catalogue, name: str, precision: Precision) -> Any:
     try:
         with BUILDING:
             model = base_model.load(catalogue.find(models, name), precision).eval()
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:
+        if not base_model.is_out_of_memory(error):
+            raise
         message = f"There is no memory for {name} beside what runs on this machine."
         raise GraftError("device_full", message, status=503) from error
     for layer in model.modules():
@@ -77,6 +81,11 @@ def load(models: Catalogue, name: str, precision: Precision) -> Any:
         ):
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def before(base: Base, prompt: list[int]) -> list[int]:
+    """The end of a prompt that its answer goes on with: none after a mark of the template, where text begins anew."""
+    return [] if not prompt or prompt[-1] in base.marks else prompt
 
 
 def check(base: Base, prompt: list[int], sampling: Sampling) -> None:

@@ -4,7 +4,8 @@ That is models whose attention or positions are not among those the batch is tes
 pairs of low-rank matrices (DoRA, whole trained layers).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from core.errors import Conflict, GraftError
+from core.errors import Conflict
 from core.ml.inference.answering import Answering
 from core.ml.inference.bases import BUILDING
 from core.ml.inference.sampling import Sampler
@@ -37,7 +38,24 @@ def answer(model: Any, one: Answering, meanwhile: Callable[[], None]) -> None:
         Conflict: `adapter_mismatch`, the adapter does not fit.
     """
     source = one.request.adapter
-    asking: Any = model if source is None else _adapted(model, source)
+    if source is None:
+        _write(model, model, one, meanwhile)
+        return
+    adapters.see_unchanged(source)
+    with safe_open(source.folder / "adapter_model.safetensors", "pt") as file:
+        stored = set(file.keys())
+        if _is_inert(file, stored):
+            raise adapters.inert(source)
+    with _own_weights_kept(model, stored):
+        adapted = _adapted(model, source, stored)
+        try:
+            _write(model, adapted, one, meanwhile)
+        finally:
+            _unload(model, adapted)
+
+
+def _write(model: Any, asking: Any, one: Answering, meanwhile: Callable[[], None]) -> None:
+    """`asking`: the model itself, or with an adapter."""
     one.sampler = Sampler(one.request.sampling, one.request.prompt, model.device)
     makers = model.generation_config
     # What the model's makers preset (penalties, temperatures) must not mix with the request.
@@ -56,8 +74,6 @@ def answer(model: Any, one: Answering, meanwhile: Callable[[], None]) -> None:
             )
     finally:
         model.generation_config = makers
-        if isinstance(asking, PeftModel):
-            _unload(model, asking)
 
 
 def is_bare(model: Any) -> bool:
@@ -77,9 +93,31 @@ def _unload(model: Any, adapted: PeftModel) -> None:
         model.set_submodule(name, layer)
 
 
-def _adapted(model: Any, source: Source) -> PeftModel:
-    if not source.folder.is_dir():
-        raise adapters.gone(source)
+@contextmanager
+def _own_weights_kept(model: Any, stored: set[str]) -> Iterator[None]:
+    """With an adapter on the embeddings or the head peft stores those layers too, and loading it writes them into the
+    model: everybody else would read through them from then on."""
+    marks = ("base_model.model.", ".base_layer.")
+    named = {key.removeprefix(marks[0]).replace(marks[1], ".") for key in stored if marks[1] in key}
+    own = {name: weights for name, weights in model.named_parameters() if name in named}
+    kept = {name: weights.detach().clone() for name, weights in own.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weights in own.items():
+                weights.copy_(kept[name])
+
+
+def _is_inert(file: Any, stored: set[str]) -> bool:
+    """Whether it is low-rank matrices alone, and every B is zero."""
+    kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
+    if any(not any(kind in key for kind in kinds) for key in stored):
+        return False
+    return not any(bool(file.get_tensor(key).any()) for key in stored if "lora_B" in key)
+
+
+def _adapted(model: Any, source: Source, stored: set[str]) -> PeftModel:
     try:
         with BUILDING:
             adapted = PeftModel.from_pretrained(model, str(source.folder)).eval()
@@ -87,9 +125,9 @@ def _adapted(model: Any, source: Source) -> PeftModel:
         raise Conflict(
             "adapter_mismatch", f"Adapter {source.name} does not fit {source.base}: {error}"
         ) from error
-    with safe_open(source.folder / "adapter_model.safetensors", "pt") as file:
-        stored = set(file.keys())
-    placed = set(get_peft_model_state_dict(adapted))
+    # Left to find out itself whether embeddings belong to it, peft asks the hub.
+    embeddings = any(".base_layer." in key for key in stored)
+    placed = set(get_peft_model_state_dict(adapted, save_embedding_layers=embeddings))
     if stored != placed:
         _unload(model, adapted)
         raise Conflict(
@@ -110,9 +148,7 @@ class _Chosen(LogitsProcessor):
         logits = scores[0].float()
         assert self.one.sampler is not None
         if not torch.isfinite(logits.max()):
-            self.one.fail(
-                GraftError("engine_error", "The model computed no numbers for this prompt.", status=502)
-            )
+            self.one.fail_without_numbers()
             return torch.zeros_like(scores)
         choice = self.one.sampler.choose(logits)
         self.one.take(choice)

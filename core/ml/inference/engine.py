@@ -20,7 +20,7 @@ from core.errors import GraftError, NotFound
 from core.ml import base_model, catalogue
 from core.ml.base_model import Precision
 from core.ml.catalogue import Catalogue
-from core.ml.inference import bases, compat, memory
+from core.ml.inference import bases, compat, memory, sharing
 from core.ml.inference.answering import Answering, Request, Told, device_busy, failed, unavailable
 from core.ml.inference.bases import Base
 from core.ml.inference.batch.lora import Adapter
@@ -127,24 +127,23 @@ class Engine:
         for number, one in enumerate(sampling):
             bases.check(base, prompt, one)
             request = Request(base_name, source, prompt, one, deadline, salt)
-            text = TextStream(base.tokenizer, list(one.stop), prompt)
+            text = TextStream(base.tokenizer, list(one.stop), bases.before(base, prompt))
             ends = base.ends | set(one.stop_token_ids)
             after = asked[0] if asked else None
             asked.append(Answering(request, ends, text, partial(tell, number), cancelled, after))
         with self._changed:
             if self.broken is not None:
                 raise unavailable(self.broken)
-            waiting = len(self._waiting)
-            if waiting and waiting + len(asked) > self.limits.waiting:
-                raise GraftError("engine_full", f"{waiting} requests are waiting already.", status=429)
+            sharing.check_queue(self._waiting, len(asked), salt, self.limits.waiting)
             self._waiting += asked
             self._changed.notify()
 
-    def close(self) -> None:
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
+    def close(self, *, wait: bool = True) -> None:
+        """Whoever still waits for an answer is told."""
+        self._closing = True
+        self._wake()
+        if wait:
+            self._thread.join()
 
     def state(self) -> dict[str, Any]:
         """What it holds and does."""
@@ -160,7 +159,7 @@ class Engine:
         try:
             while self._wait():
                 self._step()
-        except Exception as error:
+        except BaseException as error:  # also what Rust panics with: nobody else would tell those who wait
             logger.exception("the engine broke")
             self._end(f"it broke, and is started anew: {type(error).__name__}: {error}")
             self._broke()
@@ -179,7 +178,7 @@ class Engine:
         """Until there is something to do; False when the engine is closed. Idle, the memory goes back."""
         idle, limit = time.monotonic(), self.limits.idle_seconds
         with self._changed:
-            while not self._closing and not self._busy():
+            while not (self._closing or self._waiting or self._running()):
                 if self._held and (self._wanted() or (limit and time.monotonic() - idle > limit)):
                     self._release()
                 self._changed.wait(_LOOK_SECONDS if limit or self._shared else None)
@@ -188,8 +187,8 @@ class Engine:
     def _wanted(self) -> bool:
         return self._shared is not None and self._shared.wanted()
 
-    def _busy(self) -> bool:
-        return bool(self._waiting) or bool(self._scheduler and self._scheduler.running)
+    def _running(self) -> bool:
+        return bool(self._scheduler and self._scheduler.running)
 
     def _wake(self) -> None:
         with self._changed:
@@ -197,20 +196,20 @@ class Engine:
 
     def _look_up(self) -> None:
         """See who does not wait any more, or must not."""
-        if self._wanted():
-            # Begin nothing new: what is being written is finished, then the memory goes back.
-            with self._changed:
-                left, self._waiting = self._waiting, []
-            for one in left:
-                one.fail(device_busy())
         with self._changed:
+            # Where others want the device, begin nothing new: what is being written is finished, then the memory goes back.
+            for one in self._waiting if self._wanted() else ():
+                one.fail(device_busy())
             self._waiting = [one for one in self._waiting if not one.leave()]
 
     def _step(self) -> None:
         self._look_up()
         head = next(iter(self._waiting), None)
-        running = self._scheduler is not None and bool(self._scheduler.running)
-        if head is not None and not running:
+        if self._held and not self._running() and self._wanted():
+            # Not only while nobody asks: those who ask again and again would keep the device for ever.
+            self._release()
+            return
+        if head is not None and not self._running():
             self._turn_to(head)
         if self._scheduler is None:
             return
@@ -249,16 +248,16 @@ class Engine:
             self._withdraw(head)
             head.path, self._by_peft = "compat", True
             compat.answer(self._model, head, self._look_up)
-        except Exception as error:
+        except BaseException as error:
             logger.exception("%s", head.request.base)
             self._withdraw(head)
-            if not (
-                isinstance(error, GraftError) and self._model is not None and compat.is_bare(self._model)
-            ):
+            head.fail(failed(error))
+            if not isinstance(error, GraftError) or self._model is None or not compat.is_bare(self._model):
                 # Whatever half of it is in memory must not answer anybody.
                 memory.let_go(error)
                 self._release()
-            head.fail(failed(error))
+            if isinstance(error, torch.AcceleratorError):
+                raise  # the device takes nothing more from this process
         finally:
             self._by_peft = False
 

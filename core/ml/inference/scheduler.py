@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.errors import GraftError
 from core.ml import base_model
-from core.ml.inference import memory
+from core.ml.inference import memory, sharing
 from core.ml.inference.answering import Answering, failed
 from core.ml.inference.batch.model import Batched, Row
 from core.ml.inference.sampling import Choice, Sampler
@@ -78,6 +78,8 @@ class Scheduler:
                 waiting.remove(one)
                 one.fail(_too_long(one, self.room, fixed=self.limits.cache_bytes is not None))
                 continue
+            if sharing.is_beyond(one, self.running, self.limits.running, self.room):
+                continue  # others go past it: it waits for its own project
             # One that waits for room is not overtaken: small ones would keep it waiting for ever.
             if len(self.running) >= self.limits.running or one.most > self.free:
                 break
@@ -101,9 +103,9 @@ class Scheduler:
             one.sampler = Sampler(one.request.sampling, one.request.prompt, self.model.model.device)
             one.cache = self.model.cache(one.most)
             self.prefixes.fill(one.cache, one.root, one.request.prompt)
-        except Exception as error:
+        except BaseException as error:  # what Rust panics with is no Exception
             self._give_back(one)
-            if isinstance(error, torch.OutOfMemoryError):
+            if base_model.is_out_of_memory(error):
                 self._make_room(error)
                 if self.running or not one.room_made:
                     one.room_made = not self.running
@@ -154,11 +156,11 @@ class Scheduler:
         answered = [one for one, row in rows if row.answered]
         try:
             found = list(zip(answered, self.model.read([row for _, row in rows]), strict=True))
-        except torch.OutOfMemoryError as error:
-            logger.warning("out of memory with %d tokens in a step: %s", self.step_tokens, error)
-            self._make_room(error)
-            return self._with_less(rows)
         except Exception as error:
+            if base_model.is_out_of_memory(error):
+                logger.warning("out of memory with %d tokens in a step: %s", self.step_tokens, error)
+                self._make_room(error)
+                return self._with_less(rows)
             logger.exception("a step of %d answers", len(rows))
             memory.let_go(error)
             return self._one_by_one(rows)
@@ -168,7 +170,7 @@ class Scheduler:
             self._good, self.step_tokens = 0, min(self.step_tokens * 2, self.limits.step_tokens)
         return found
 
-    def _make_room(self, error: torch.OutOfMemoryError) -> None:
+    def _make_room(self, error: BaseException) -> None:
         memory.let_go(error)
         self.prefixes.clear()
         self.model.routing.forget()
@@ -187,12 +189,10 @@ class Scheduler:
         for one, row in rows:
             try:
                 logits = self._alone(row)
-            except torch.OutOfMemoryError as error:
-                # It asks for more than there is; that says nothing of the engine.
-                one.fail(failed(error))
             except Exception as error:  # noqa: BLE001 - it is told to the one whom it concerns
                 one.fail(failed(error))
-                broken = error
+                # Asking for more memory than there is says nothing of the engine.
+                broken = broken if base_model.is_out_of_memory(error) else error
             else:
                 found += [(one, logits[0])] if row.answered else []
         if any(not one.over for one, _ in rows):
@@ -207,7 +207,9 @@ class Scheduler:
         """The logits of one row; where memory is short, with all the room that can be made."""
         try:
             return self.model.read([row])
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not base_model.is_out_of_memory(error):
+                raise
             self._make_room(error)
         return self.model.read([row])
 
@@ -215,11 +217,11 @@ class Scheduler:
         assert one.sampler is not None
         likeliest, token = logits.max(-1)
         if not torch.isfinite(likeliest):
-            one.fail(GraftError("engine_error", "The model computed no numbers for this prompt.", status=502))
+            one.fail_without_numbers()
             return
         try:
             one.take(Choice(int(token)) if one.request.sampling.plain else one.sampler.choose(logits))
-        except Exception as error:
+        except BaseException as error:
             logger.exception("the choice of a token")
             one.fail(failed(error))
 
@@ -243,7 +245,9 @@ class Scheduler:
             return
         try:
             self.prefixes.keep(one.cache, one.root, tokens[: one.cache.length])
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not base_model.is_out_of_memory(error):
+                raise
             self._make_room(error)
 
 

@@ -17,7 +17,7 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: list[str], before: Sequence[int] = ()) -> None:
         """`before`: the tokens of the prompt. Some tokenizers write the space before a word only after other text."""
         self._tokenizer = tokenizer.backend_tokenizer
-        self._ids = _tail(tokenizer, before)
+        self._ids = list(before[-_CONTEXT:])
         # The last piece was told of the tokens between these two; those after them make no whole characters yet.
         self._begin, self._told = 0, len(self._ids)
         self._stop = stop
@@ -47,11 +47,15 @@ class TextStream:
         """
         before, after = self._text(self._told), self._text(len(self._ids))
         broken |= len(self._ids) - self._told >= _MOST_UNTOLD
-        if len(after) <= len(before) or (after.endswith(_HALF) and not broken):
+        if after == before:
+            self._told = len(self._ids)  # a mark, which is no text
+        # A character that the prompt begins and the answer ends is the answer's.
+        known = len(before if after.startswith(before) else before.rstrip(_HALF))
+        if len(after) <= known or (after.endswith(_HALF) and not broken):
             return ""
         self._begin, self._told = self._told, len(self._ids)
-        self.length += len(after) - len(before)
-        return after[len(before) :]
+        self.length += len(after) - known
+        return after[known:]
 
     def _text(self, end: int) -> str:
         return str(self._tokenizer.decode(self._ids[self._begin : end], skip_special_tokens=True))
@@ -65,13 +69,6 @@ class TextStream:
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def _tail(tokenizer: Any, before: Sequence[int]) -> list[int]:
-    """The last tokens of the prompt; none where it ends with a mark of the template, after which text begins anew."""
-    if not before or before[-1] in tokenizer.added_tokens_decoder:
-        return []
-    return list(before[-_CONTEXT:])
 
 
 def _overlap(text: str, stop: str) -> int:

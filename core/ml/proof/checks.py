@@ -83,7 +83,7 @@ def weights(folder: Path, model: PeftModel) -> list[Check]:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
         finite = all(bool(torch.isfinite(file.get_tensor(key)).all()) for key in stored)
-    placed = set(get_peft_model_state_dict(model))
+    placed = set(get_peft_model_state_dict(model, save_embedding_layers=False))  # "auto" asks the hub
     targets = loading.config_of(folder).get("target_modules") or []
     bare = [] if isinstance(targets, str) else _without(targets, placed)
     missing, left_over = sorted(placed - stored), sorted(stored - placed)

@@ -117,7 +117,7 @@ def train(run: Run, report: Report, stop: Callable[[], bool]) -> Result:
             return Result(None, {})
         metrics, step = _finish(trainer, model, spec, rows, report, progress, sampler)
     except (RuntimeError, MemoryError) as error:
-        if not guard.is_out_of_memory(error):
+        if not base_model.is_out_of_memory(error):
             raise
         raise watchdog.recovery(
             "out_of_memory", spec, run.recoveries, where="In training", from_start=not progress.resumable

@@ -147,13 +147,39 @@ def test_another_base_or_another_kind_is_refused(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True}]
+    "setting",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"lora_bias": True},
+        {"use_qalora": True},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"a_method_of_next_year": {"k": 1}},
+    ],
 )
 def test_what_the_batch_cannot_add_is_left_to_peft(
     good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path, setting: dict[str, Any]
 ) -> None:
     assert adapters.look("a", tiny.NAME, copied(tmp_path / "a", good, **setting), layers).apart
     assert adapters.look("a", tiny.NAME, good, {}).apart
+
+
+@pytest.mark.parametrize("setting", [{"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"}])
+def test_one_that_belongs_to_a_changed_base_is_refused(
+    good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    folder = copied(tmp_path / "a", good, **setting)
+    for known in (layers, {}):
+        with pytest.raises(Conflict, match="has changed") as caught:
+            adapters.look("a", tiny.NAME, folder, known)
+        assert "path_initial_model_for_weight_conversion" in str(caught.value.hint)
+
+
+def test_one_without_a_scale_is_refused(
+    good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    with pytest.raises(Conflict, match="no lora_alpha"):
+        adapters.look("a", tiny.NAME, copied(tmp_path / "a", good, lora_alpha=None), layers)
 
 
 def test_the_digest_is_that_of_weights_and_configuration(

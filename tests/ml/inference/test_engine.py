@@ -10,26 +10,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, GPT2Config
 
 from core.errors import BadRequest, Conflict, GraftError, NotFound
 from core.ml import base_model
 from core.ml.catalogue import Catalogue
 from core.ml.inference.engine import Engine
 from core.ml.inference.sampling import Sampling
-from core.ml.inference.scheduler import Limits
+from core.ml.inference.scheduler import Limits, Scheduler
+from core.ml.inference.text import TextStream
 from tests import tiny
 from tests.ml.inference import strong
 from tests.ml.inference.asking import Heard, ask, asked
-from tests.ml.inference.conftest import MakeEngine
+from tests.ml.inference.conftest import EXACT, MakeEngine
 
 PROMPT = strong.prompt(20)
 LONG = Sampling(300, stop_token_ids=())
 NEVER = {2: -100.0}
-# One that the batch does not read.
-NEOX = GPTNeoXConfig(
-    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-)
 
 
 def greedy(base: Path, folder: Path | None = None, prompt: list[int] = PROMPT, count: int = 12) -> list[int]:
@@ -320,21 +317,6 @@ def test_a_closed_engine_tells_all_who_waited(make_engine: MakeEngine) -> None:
         assert caught.value.code == "engine_unavailable"
 
 
-def test_an_adapter_that_peft_refuses_costs_nobody_the_model(
-    engine: Engine, base: Path, tmp_path: Path
-) -> None:
-    folder = strong.adapter(tmp_path / "ad", base, 3, use_dora=True)
-    file = folder / "adapter_model.safetensors"
-    save_file({key: one for key, one in load_file(file).items() if "layers.1" not in key}, file)
-    engine.register("half", tiny.NAME, folder)
-    ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
-    model = engine._model
-    with pytest.raises(GraftError, match="does not fit"):
-        ask(engine, "half", PROMPT, Sampling(2)).wait()
-    assert engine._model is model
-    assert ask(engine, tiny.NAME, PROMPT, Sampling(12)).wait().tokens == greedy(base)
-
-
 def test_numbers_that_are_none_fail_their_own_request(engine: Engine) -> None:
     ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
     assert idle(engine)
@@ -385,107 +367,6 @@ def test_idle_it_gives_its_memory_back(make_engine: MakeEngine) -> None:
     assert ask(engine, tiny.NAME, PROMPT, Sampling(3)).wait().tokens
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_dora": True},
-        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"]},
-        {"target_modules": ["lm_head", "q_proj"]},
-        {"target_modules": ["embed_tokens", "q_proj"]},
-    ],
-    ids=["dora", "modules_to_save", "head", "embedding"],
-)
-def test_other_adapters_are_served_one_at_a_time(
-    engine: Engine, base: Path, adapters: list[Path], tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    folder = strong.adapter(tmp_path / "ad", base, 3, **settings)
-    engine.register("other", tiny.NAME, folder)
-    engine.register("ad", tiny.NAME, adapters[0])
-    names = [tiny.NAME, "other", "ad", "other", tiny.NAME]
-    wanted = {tiny.NAME: greedy(base), "ad": greedy(base, adapters[0]), "other": greedy(base, folder)}
-    assert len({tuple(tokens) for tokens in wanted.values()}) == 3
-    heard = [ask(engine, name, PROMPT, Sampling(12)) for name in names]
-    assert [one.wait().tokens for one in heard] == [wanted[name] for name in names]
-    paths = [one.finish.path for one in heard if one.finish]
-    assert paths == ["batch", "compat", "batch", "compat", "batch"]
-
-
-def test_only_what_dora_asks_of_is_kept_from_the_fused_kernel(
-    make_engine: MakeEngine,
-    models: Catalogue,
-    base: Path,
-    adapters: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Not every processor has that kernel: here every model says that it has, until it is kept from it."""
-    load, loaded = base_model.load, []
-
-    def fused(*asked: Any) -> Any:
-        model = load(*asked)
-        model.fused = True
-        loaded.append(model)
-        return model
-
-    monkeypatch.setattr(base_model, "load", fused)
-    monkeypatch.setattr(base_model, "is_fused", lambda model: model.fused)
-    monkeypatch.setattr(base_model, "unfuse", lambda model: setattr(model, "fused", False))
-    neox = strong.model(tmp_path / "neox", NEOX)
-    own = {**models.own, "tests/neox": str(neox)}
-    engine = make_engine(catalogue=Catalogue(models.folder, own, allow_hub=False))
-    engine.register("ad", tiny.NAME, adapters[0])
-    engine.register("dora", tiny.NAME, strong.adapter(tmp_path / "dora", base, 3, use_dora=True))
-    engine.register(
-        "whole", tiny.NAME, strong.adapter(tmp_path / "whole", base, 3, modules_to_save=["lm_head"])
-    )
-    plain = strong.adapter(tmp_path / "ad", neox, 1, "tests/neox", target_modules=["query_key_value"])
-    engine.register("neox-ad", "tests/neox", plain)
-    seen = []
-    for name in ("ad", "whole", "dora", "dora", tiny.NAME, "whole", "tests/neox", "neox-ad"):
-        assert ask(engine, name, PROMPT, Sampling(2)).wait().finish is not None
-        seen.append((len(loaded), loaded[-1].fused))
-    assert seen == [(1, True), (1, True), (2, False), (2, False), (3, True), (3, True), (4, True), (4, True)]
-
-
-def test_who_waits_for_one_alone_may_hang_up(make_engine: MakeEngine, base: Path, tmp_path: Path) -> None:
-    engine = make_engine(Limits(waiting=8))
-    engine.register("dora", tiny.NAME, strong.adapter(tmp_path / "ad", base, 3, use_dora=True))
-    stop, gone = threading.Event(), threading.Event()
-    long = ask(engine, "dora", PROMPT, Sampling(900, logit_bias={2: -100.0}), stop.is_set)
-    assert long.first.wait(60)
-    assert engine.state()["running"] == 1
-    ghosts = [ask(engine, tiny.NAME, PROMPT, Sampling(4), gone.is_set) for _ in range(8)]
-    with pytest.raises(GraftError) as caught:
-        ask(engine, tiny.NAME, PROMPT, Sampling(4))
-    assert caught.value.code == "engine_full"
-    gone.set()
-    for ghost in ghosts:
-        assert ghost.over.wait(10)
-        assert ghost.finish is not None
-        assert ghost.finish.reason == "cancelled"
-    assert not long.over.is_set()
-    stop.set()
-    assert long.over.wait(10)
-
-
-def test_an_architecture_that_is_not_allowed_is_served_one_at_a_time(
-    make_engine: MakeEngine, models: Catalogue, tmp_path: Path
-) -> None:
-    base = strong.model(tmp_path / "neox", NEOX)
-    folder = strong.adapter(tmp_path / "ad", base, 1, "tests/neox", target_modules=["query_key_value"])
-    engine = make_engine(catalogue=Catalogue(models.folder, {"tests/neox": str(base)}, allow_hub=False))
-    engine.register("ad", "tests/neox", folder)
-    gone = threading.Event()
-    heard = [ask(engine, "tests/neox", PROMPT, Sampling(12)), ask(engine, "ad", PROMPT, Sampling(12))]
-    assert [one.wait().tokens for one in heard] == [greedy(base), greedy(base, folder)]
-    assert all(one.finish.path == "compat" for one in heard if one.finish)
-    long = ask(engine, "ad", PROMPT, Sampling(400, logit_bias=NEVER), cancelled=gone.is_set)
-    assert long.first.wait(30)
-    gone.set()
-    assert reason(long) == "cancelled"
-    assert len(long.tokens) < 400
-
-
 def test_while_a_model_is_built_no_other_is(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers changes the default dtype of the whole process meanwhile."""
     building, looked = threading.Lock(), []
@@ -511,3 +392,133 @@ def test_while_a_model_is_built_no_other_is(make_engine: MakeEngine, monkeypatch
         assert all(len(one.tokens) >= 1 for one in heard)
     assert looked.count("from_config") == 2
     assert torch.get_default_dtype() == torch.float32
+
+
+class Panic(BaseException):
+    """As Rust's in Python: no Exception."""
+
+
+def test_what_is_no_exception_ends_its_own_answer(
+    engine: Engine, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, broken = TextStream.push, strong.prompt(20, seed=7)
+
+    def panics(stream: TextStream, token: int) -> str:
+        if stream._ids[:1] == broken[-6:-5]:
+            raise Panic("a library in Rust")
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", panics)
+    bad = ask(engine, tiny.NAME, broken, Sampling(12))
+    good = ask(engine, tiny.NAME, PROMPT, Sampling(12))
+    with pytest.raises(GraftError, match="Panic"):
+        bad.wait()
+    assert good.wait().tokens == greedy(base)
+    assert engine.broken is None
+
+
+def test_an_engine_that_ends_in_any_way_says_so(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
+
+    def panics(_self: Any) -> None:
+        raise Panic("a library in Rust")
+
+    monkeypatch.setattr(Scheduler, "step", panics)
+    with pytest.raises(GraftError) as caught:
+        ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
+    assert (caught.value.code, caught.value.status) == ("engine_unavailable", 503)
+    assert str(engine.broken).endswith("Panic: a library in Rust")
+
+
+def test_a_device_that_takes_nothing_more_ends_the_engine(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_asked: Any) -> Any:
+        raise torch.AcceleratorError("device-side assert")
+
+    monkeypatch.setattr(base_model, "load", broken)
+    engine = make_engine()
+    with pytest.raises(GraftError, match="device-side assert"):
+        ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
+    engine._thread.join(10)
+    assert "device-side assert" in str(engine.broken)
+
+
+def test_those_who_ask_again_and_again_do_not_keep_the_device(models: Catalogue) -> None:
+    class Wanted:
+        wants = held = False
+
+        def wanted(self) -> bool:
+            return self.wants
+
+        def hold(self) -> None:
+            self.held = True
+
+        def give_back(self) -> None:
+            self.held = False
+
+    device = Wanted()
+    engine = Engine(models, EXACT, shared=device)
+    stop = threading.Event()
+
+    def asks(_number: int) -> None:
+        while not stop.is_set():
+            heard = ask(engine, tiny.NAME, PROMPT, Sampling(1))
+            assert heard.over.wait(30)
+
+    try:
+        ask(engine, tiny.NAME, PROMPT, Sampling(2)).wait()
+        with ThreadPoolExecutor(4) as together:
+            asking = together.map(asks, range(4))
+            time.sleep(0.2)
+            device.wants, until = True, time.monotonic() + 5
+            while device.held and time.monotonic() < until:
+                time.sleep(0.01)
+            stop.set()
+            list(asking)
+        assert not device.held
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=320, n_positions=64, n_embd=64, n_layer=2, n_head=4),
+        Gemma3Config(
+            text_config=Gemma3TextConfig(
+                vocab_size=320,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=16,
+                max_position_embeddings=64,
+            ),
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+            mm_tokens_per_image=4,
+        ),
+    ],
+    ids=["gpt2", "with pictures"],
+)
+def test_how_much_a_model_reads_is_known_whatever_its_configuration_calls_it(
+    make_engine: MakeEngine, tmp_path: Path, config: Any
+) -> None:
+    base = strong.model(tmp_path / "base", config)
+    engine = make_engine(
+        catalogue=Catalogue(tmp_path / "models", {"tests/other": str(base)}, allow_hub=False)
+    )
+    with pytest.raises(BadRequest, match="more than the 64"):
+        ask(engine, "tests/other", strong.prompt(60), Sampling(5))
+    heard = ask(engine, "tests/other", strong.prompt(60), Sampling(4)).wait()
+    assert heard.finish is not None
+    assert heard.finish.path == "compat"

@@ -19,15 +19,39 @@ from core.ml.inference.batch.lora import Adapter, Pair
 
 _PREFIX = "base_model.model."
 _KINDS = ("lora_A", "lora_B")
-# What peft can do and the batch cannot: such adapters are served by peft itself, one request at a time.
-_APART = (
-    "use_dora",
-    "modules_to_save",
-    "lora_bias",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-)
+# What the batch reads of an adapter's configuration, and what changes nothing once it is trained. Whoever has set anything
+# else is served by peft itself, one request at a time.
+_BATCHED = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+# How A and B may have begun: the other ways begin by taking something out of the base model's weights.
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # The batch adds nothing to what stands before the first layer and after the last.
 _ENDS = ("lm_head", "embed_tokens")
 
@@ -62,17 +86,21 @@ def look(name: str, base: str, folder: Path, layers: Mapping[str, tuple[int, int
         raise Conflict(
             "adapter_mismatch", f"Adapter {name} is of the kind {config.get('peft_type')}, not LORA."
         )
+    if config.get("init_lora_weights", True) not in _BEGINNINGS:
+        raise Conflict(
+            "adapter_mismatch",
+            f"Adapter {name} belongs to a base model that {config['init_lora_weights']} has changed.",
+            hint="Save it with peft's path_initial_model_for_weight_conversion: then it fits the base as it is.",
+        )
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise Conflict("adapter_mismatch", f"The configuration of adapter {name} has no lora_alpha.")
     shapes = _shapes(name, folder)
-    apart = not layers or any(config.get(kind) for kind in _APART)
+    apart = not layers or any(value for key, value in config.items() if key not in _BATCHED)
     apart |= any(_place(key)[0].endswith(_ENDS) for key in shapes)
     if not apart:
         _check(name, base, shapes, layers)
-    hashes = []
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        with (folder / file).open("rb") as stream:
-            hashes.append(hashlib.file_digest(stream, "sha256").digest())
     size = sum(torch.Size(shape).numel() for shape in shapes.values()) * torch.float32.itemsize
-    return Source(name, base, folder, _digest(hashes), apart, bool(config.get("use_dora")), size)
+    return Source(name, base, folder, _digest_of(folder), apart, bool(config.get("use_dora")), size)
 
 
 def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
@@ -87,9 +115,7 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
         settings = (source.folder / "adapter_config.json").read_bytes()
         weights = (source.folder / "adapter_model.safetensors").read_bytes()
         if _digest([hashlib.sha256(data).digest() for data in (weights, settings)]) != source.digest:
-            raise Conflict(
-                "adapter_mismatch", f"The files of {source.name} are not those that were looked at."
-            )
+            raise _others(source)
         config = json.loads(settings)
         # `safe_open` keeps 2 KB for ever of each file that tensors were taken from.
         for key, tensor in safetensors.torch.load(weights).items():
@@ -103,13 +129,43 @@ def read(source: Source, device: torch.device, dtype: torch.dtype) -> Adapter:
         scaled = (b * _scale(config, layer, len(a))).to(dtype)
         pairs[layer] = Pair(a.T.contiguous(), scaled.T.contiguous())
     if not any(bool(pair.b.any()) for pair in pairs.values()):
-        raise Conflict("adapter_inert", f"Adapter {source.name} changes nothing: every lora_B is zero.")
+        raise inert(source)
     return Adapter(pairs)
+
+
+def see_unchanged(source: Source) -> None:
+    """That its files are still those that were looked at.
+
+    Raises:
+        NotFound: `adapter_missing`, they are gone by now.
+        Conflict: `adapter_mismatch`.
+    """
+    try:
+        if _digest_of(source.folder) != source.digest:
+            raise _others(source)
+    except FileNotFoundError as error:
+        raise gone(source) from error
+
+
+def inert(source: Source) -> Conflict:
+    return Conflict("adapter_inert", f"Adapter {source.name} changes nothing: every lora_B is zero.")
+
+
+def _others(source: Source) -> Conflict:
+    return Conflict("adapter_mismatch", f"The files of {source.name} are not those that were looked at.")
 
 
 def gone(source: Source) -> NotFound:
     why = "it was deleted, or a newer checkpoint took its place"
     return NotFound("adapter_missing", f"The files of {source.name} are gone: {why}.")
+
+
+def _digest_of(folder: Path) -> str:
+    hashes = []
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        with (folder / file).open("rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").digest())
+    return _digest(hashes)
 
 
 def _digest(hashes: Sequence[bytes]) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from core.errors import GraftError
@@ -14,16 +13,6 @@ from core.ml.training.config import Spec
 from core.ml.training.loop import watchdog
 from core.ml.training.loop.progress import Progress
 from core.ml.training.loop.reporter import Report
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of a forward, backward or optimizer step says that memory is short."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator" in said or "out of memory" in said or "CUBLAS_STATUS_ALLOC_FAILED" in said
-    )
 
 
 def documents(batch: Mapping[str, Any]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Query, Request
 from fastapi.security import HTTPBearer
 
-from api.engine import Engine
+from api.engine.client import Engine
 from core.control import db, projects, queue
 from core.control.db import Sessions
 from core.control.projects import Caller

@@ -1,6 +1,7 @@
 """Any error becomes the one JSON body."""
 
 import logging
+import unicodedata
 from typing import Any, get_args, get_origin
 
 from fastapi import FastAPI, Request
@@ -15,9 +16,11 @@ from core.errors import GraftError, nearest
 logger = logging.getLogger(__name__)
 
 _UNPROCESSABLE = 422
+# What pydantic finds wrong with a body that is a list, a text or null, which is as none to FastAPI.
+_NO_OBJECT = ("model_attributes_type", "model_type", "missing")
 # As many problems as one answer names.
 _LISTED = 50
-# What peft and transformers call our fields.
+# What peft and transformers call our fields, and /generate those of /compare.
 _ELSEWHERE = {
     "rank": "r",
     "lora_r": "r",
@@ -33,7 +36,13 @@ _ELSEWHERE = {
     "save_steps": "every_steps",
     "save_total_limit": "keep",
     "load_in_4bit": "bits",
+    "adapter_id": "targets",
+    "model": "targets",
 }
+# Statuses of what may work when it is tried again later.
+LATER = (429, 503)
+# Categories of characters that are not seen, or change how others are: a name that is repeated must not hide anything.
+_UNSEEN = ("Cc", "Cf", "Zl", "Zp")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -41,16 +50,24 @@ def body(error: GraftError) -> dict[str, Any]:
     """What a client is told of an error, in a response, in a stream or beside other answers."""
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     told: dict[str, Any] = {
-        "message": error.message,
+        "message": _seen(error.message),
         "type": kind,
         "code": error.code,
-        "param": error.param,
-        "hint": error.hint,
+        "param": _seen(error.param),
+        "hint": _seen(error.hint),
         "request_id": log.request_id.get(),
     }
     if error.errors is not None:
-        told |= {"errors": error.errors, "error_count": error.error_count or len(error.errors)}
+        errors = [{name: _seen(value) for name, value in one.items()} for one in error.errors]
+        told |= {"errors": errors, "error_count": error.error_count or len(errors)}
     return told
+
+
+def _seen(value: Any) -> Any:
+    """A text with what is unseen in it written as \\uXXXX; anything else as it is."""
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    return "".join(f"\\u{ord(sign):04x}" if unicodedata.category(sign) in _UNSEEN else sign for sign in value)
 
 
 def render(error: GraftError, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -60,7 +77,7 @@ def render(error: GraftError, headers: dict[str, str] | None = None) -> JSONResp
         headers["x-should-retry"] = "false"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if error.status in (429, 503):
+    if error.status in LATER:
         headers.setdefault("retry-after", "5")
     return JSONResponse({"error": body(error)}, error.status, headers)
 
@@ -178,8 +195,10 @@ def _problem(item: dict[str, Any], model: Any) -> dict[str, Any]:
     elif item["type"] == "string_pattern_mismatch":
         text = "has characters, or a form, that it cannot have"
         message = f'The field "{field}" {text}.'
+    elif not field and item["type"] in _NO_OBJECT:
+        message = "The request body must be a JSON object."
     elif item["type"] == "missing":
-        message = f'The field "{field}" is missing.' if field else "The request has no body."
+        message = f'The field "{field}" is missing.'
     elif item["type"] == "json_invalid":
         message = "The request body is not valid JSON."
     return {"field": field, "code": item["type"], "message": message, "hint": hint, "text": text}
@@ -195,7 +214,7 @@ def _place(location: list[Any], model: Any, *, unknown: bool) -> list[str]:
     for number, part in enumerate(rest, 1):
         annotation = _annotation_at(model, place)
         named = part in _fields_at(model, place) or (unknown and number == len(rest))
-        if isinstance(part, int) or named or get_origin(annotation) is dict:
+        if isinstance(part, int) or named or (_is_dict(annotation) and part != "[key]"):
             place.append(str(part))
     return place
 
@@ -219,6 +238,11 @@ def _annotation_at(model: Any, place: list[str]) -> Any:
             field = getattr(_model_in(annotation), "model_fields", {}).get(name)
             annotation = field.annotation if field is not None else None
     return annotation
+
+
+def _is_dict(annotation: Any) -> bool:
+    """Of `dict[str, str]` and `dict[str, str] | None`, whose names are the client's."""
+    return get_origin(annotation) is dict or any(_is_dict(part) for part in get_args(annotation))
 
 
 def _model_in(annotation: Any) -> Any:

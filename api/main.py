@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from api import errors
 from api.deps import Services
-from api.engine import Engine
+from api.engine.client import Engine
 from api.middleware import RequestId
 from api.openai import chat, completions
 from api.openai import models as openai_models

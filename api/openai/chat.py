@@ -13,7 +13,7 @@ from api.openai import wire
 from api.openai.logprobs import of_chat
 from api.openai.schemas import ChatRequest
 from api.requests import StrictRoute
-from api.serving import models, prompt
+from api.serving import asking, models, prompt
 from api.serving.listening import event_stream, while_listening
 from api.serving.models import Served
 from core import strict_json
@@ -31,19 +31,14 @@ async def chat(
 ) -> JSONResponse | StreamingResponse:
     """Answer a conversation as OpenAI does; `model` is a base model, an adapter, or `job_…@latest`."""
     served, ids, new = await run_in_threadpool(_prepare, body, services, caller.project_id)
-    asked = {
-        **body.sampling(),
-        "max_tokens": new,
-        "stop_token_ids": list(served.contract.stop_token_ids),
-        "cache_salt": caller.project_id,
-    }
-    if body.logprobs:
-        asked |= {"logprobs": body.top_logprobs or 0, "return_tokens_as_token_ids": True}
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = body.sampling() | {"max_tokens": new}
+    asked = asking.options(served, caller.project_id, sampling, logprobs=logprobs)
     identity = f"chatcmpl-{ULID()}"
     if body.stream:
         told = await while_listening(request, services.engine.stream(served.target, ids, asked))
         head = wire.head("chat.completion.chunk", identity, served.name)
-        return event_stream(wire.events(_chunks(body, served, head, told)))
+        return event_stream(told, wire.events(_chunks(body, served, head, told)))
     answer = await while_listening(request, services.engine.complete(served.target, ids, asked))
 
     def read() -> list[dict[str, Any]]:
@@ -68,7 +63,8 @@ def _prepare(body: ChatRequest, services: Services, project_id: str) -> tuple[Se
     if new is None:
         room = _NEW_TOKENS if served.context is None else served.context - len(ids)
         new = max(min(room, _NEW_TOKENS), 1)
-    prompt.check_length(served, ids, new, "max_completion_tokens")
+    limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    prompt.check_length(served, ids, new, limit, body.model_fields_set)
     return served, ids, new
 
 
@@ -117,7 +113,8 @@ async def _chunks(
             if delta or (logprobs and logprobs["content"]):
                 yield chunk(index, delta, logprobs=logprobs)
             if reason is not None:
-                yield chunk(index, {}, _reason(reason, bool(written[index].told)))
+                ending = chunk(index, {}, _reason(reason, bool(written[index].told)))
+                yield ending | wire.served_by(part)
     if body.wants_usage:
         yield {**head, "choices": [], "usage": wire.usage(last), "served_by": last.get("served_by")}
 

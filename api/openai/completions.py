@@ -1,6 +1,5 @@
 """POST /v1/completions: texts as they are, without a chat template."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from api.openai import wire
 from api.openai.logprobs import OfCompletion
 from api.openai.schemas import CompletionRequest
 from api.requests import StrictRoute
-from api.serving import models, prompt
+from api.serving import asking, models, prompt
 from api.serving.listening import event_stream, while_listening
 from api.serving.models import Served
 
@@ -22,8 +21,6 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
 
 # OpenAI's own.
 _NEW_TOKENS = 16
-# Of a request's prompts: all of them at once would fill the engine's queue for everybody.
-_AT_ONCE = 4
 
 
 @router.post("/completions", response_model=None)
@@ -32,33 +29,19 @@ async def completions(
 ) -> JSONResponse | StreamingResponse:
     """Go on with a text, or with token ids, as OpenAI does; `model` as in /v1/chat/completions."""
     served, prompts = await run_in_threadpool(_prepare, body, services, caller.project_id)
-    asked = {**body.sampling(), "max_tokens": body.max_tokens or _NEW_TOKENS, "cache_salt": caller.project_id}
-    if served.contract.rows == "text":
-        # Trained on plain texts, it ends them as its contract says.
-        asked["stop_token_ids"] = list(served.contract.stop_token_ids)
-    if body.logprobs is not None:
-        asked |= {"logprobs": body.logprobs, "return_tokens_as_token_ids": True}
+    sampling = body.sampling() | {"max_tokens": body.max_tokens or _NEW_TOKENS}
+    # Trained on plain texts, it ends them as its contract says.
+    ends = served.contract.rows == "text"
+    asked = asking.options(served, caller.project_id, sampling, ends=ends, logprobs=body.logprobs)
     head = wire.head("text_completion", f"cmpl-{ULID()}", served.name)
     if body.stream:
         told = await while_listening(request, services.engine.stream(served.target, prompts[0], asked))
-        return event_stream(wire.events(_chunks(body, served, head, told)))
-
-    places = asyncio.Semaphore(_AT_ONCE)
+        return event_stream(told, wire.events(_chunks(body, served, head, told)))
 
     async def one(ids: list[int]) -> dict[str, Any]:
-        async with places:
-            return await services.engine.complete(served.target, ids, asked)
+        return await services.engine.complete(served.target, ids, asked)
 
-    async def everyone() -> list[dict[str, Any]]:
-        tasks = [asyncio.create_task(one(ids)) for ids in prompts]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            # Where one failed, nobody reads the others.
-            for task in tasks:
-                task.cancel()
-
-    answers = await while_listening(request, everyone())
+    answers = await while_listening(request, asking.side_by_side(one, prompts))
     said = [choice for answer in answers for choice in answer["choices"]]
 
     def read() -> list[dict[str, Any]]:
@@ -77,7 +60,7 @@ def _prepare(body: CompletionRequest, services: Services, project_id: str) -> tu
         for given in body.prompts
     ]
     for ids in found:
-        prompt.check_length(served, ids, body.max_tokens or _NEW_TOKENS, "max_tokens")
+        prompt.check_length(served, ids, body.max_tokens or _NEW_TOKENS, "max_tokens", body.model_fields_set)
     return served, found
 
 
@@ -91,7 +74,8 @@ async def _chunks(
         last = part if part.get("usage") else last
         for choice in part["choices"]:
             index = choice["index"]
-            yield {**head, "choices": [written[index].choice(choice, index)], **usage}
+            ending = wire.served_by(part) if choice.get("finish_reason") else {}
+            yield {**head, "choices": [written[index].choice(choice, index)], **usage, **ending}
     if body.wants_usage:
         yield {**head, "choices": [], "usage": wire.usage(last), "served_by": last.get("served_by")}
 

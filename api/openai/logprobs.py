@@ -1,7 +1,7 @@
 """Log probabilities as OpenAI's clients read them, from an engine's, whose tokens are named `token_id:…`."""
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -22,11 +22,9 @@ def of_chat(tokenizer: Any, told: Json | None) -> Json | None:
     content = [
         {
             **entry(name, logprob),
-            "top_logprobs": [entry(*pair) for pair in sorted((top or {}).items(), key=lambda pair: -pair[1])],
+            "top_logprobs": [entry(*pair) for pair in sorted(top.items(), key=lambda pair: -pair[1])],
         }
-        for name, logprob, top in zip(
-            told["tokens"], told["token_logprobs"], told["top_logprobs"] or [], strict=True
-        )
+        for name, logprob, top in _each(told)
     ]
     return {"content": content, "refusal": None}
 
@@ -45,14 +43,10 @@ class OfCompletion:
         """Of the next tokens; `end`: where the text ends that is there with them."""
         if told is None:
             return None
-        tops = told["top_logprobs"] or [{}] * len(told["tokens"])
         return {
             "tokens": [self._label(name) for name in told["tokens"]],
             "token_logprobs": told["token_logprobs"],
-            "top_logprobs": [
-                self._top(name, logprob, top or {})
-                for name, logprob, top in zip(told["tokens"], told["token_logprobs"], tops, strict=True)
-            ],
+            "top_logprobs": [self._top(*one) for one in _each(told)],
             "text_offset": [min(self._begin(name), end) for name in told["tokens"]],
         }
 
@@ -76,6 +70,12 @@ class OfCompletion:
         if text.encode() == raw:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _each(told: Json) -> Iterator[tuple[str, float, Json]]:
+    """The tokens with their likeliest, of which engines say null where they were asked for none."""
+    tops = told["top_logprobs"] or [None] * len(told["tokens"])
+    return zip(told["tokens"], told["token_logprobs"], (top or {} for top in tops), strict=True)
 
 
 def _reader(tokenizer: Any) -> Callable[[str], tuple[str, bytes]]:

@@ -1,27 +1,27 @@
 """What OpenAI's clients send. What only has a meaning at OpenAI is passed over; what would change the answer and is not
 here is refused."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from api.openai.prompts import Prompt, each
 from api.schemas.common import Request
 from api.schemas.generate import WHOLE, Message, Sampled, refuse_last_answer
 from core.errors import BadRequest
 
-_TOKENS = Annotated[list[Annotated[int, WHOLE]], Field(min_length=1)]
 _AtLeastOne = Annotated[int, Field(ge=1), WHOLE]
 _UpTo20 = Annotated[int, Field(ge=0, le=20), WHOLE]
-_MOST_PROMPTS = 32
 
-# Fields of OpenAI's that Graft does not serve, with the values that ask for nothing.
+# Fields of OpenAI's that Graft does not serve, with the values that ask for nothing or for what is done anyway.
 _UNSERVED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
     "web_search_options": (),
     "moderation": (),
-    "functions": (),
+    "functions": ([],),
     "function_call": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
@@ -31,6 +31,15 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
 }
+# What to send instead of what OpenAI has given up itself.
+_NEWER = {"functions": "tools", "function_call": 'tool_choice "auto" or "none"'}
+
+
+def _instead(name: str) -> str:
+    if name in _NEWER:
+        return f"Send {_NEWER[name]} instead."
+    taken = " or ".join(json.dumps(value) for value in _UNSERVED[name])
+    return f"Send {taken}, or leave it out." if taken else "Leave it out."
 
 
 class StreamOptions(Request):
@@ -45,8 +54,11 @@ class Asked(Sampled):
 
     model: str = Field(min_length=1, max_length=200)
     n: Annotated[int, Field(ge=1, le=8), WHOLE] | None = None
-    stream: bool | None = None  # before the prompts of completions, which are checked against it
-    stream_options: StreamOptions | None = None
+    # Before its options, and the prompts of completions: they are checked against it.
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(
+        None, description='Of a stream alone: send them with "stream": true, or leave them out.'
+    )
     # Of no meaning here.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -67,11 +79,22 @@ class Asked(Sampled):
             value = given.get(name)
             if value is not None and value not in harmless:
                 raise BadRequest(
-                    "unsupported_parameter", f'Graft does not serve "{name}" here.', param=name, status=400
+                    "unsupported_parameter",
+                    f'Graft does not serve "{name}" here.',
+                    param=name,
+                    hint=_instead(name),
+                    status=400,
                 )
         return {
             name: value for name, value in given.items() if name not in _UNSERVED or name in cls.model_fields
         }
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, options: StreamOptions, others: ValidationInfo) -> StreamOptions:
+        if "stream" in others.data and not others.data["stream"]:
+            raise ValueError("only a stream has options")
+        return options
 
     def sampling(self) -> dict[str, Any]:
         return {**super().sampling(), "n": self.n or 1}
@@ -122,11 +145,8 @@ class ChatRequest(Asked):
 
 
 class CompletionRequest(Asked):
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
-        | _TOKENS
-        | Annotated[list[_TOKENS], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    prompt: Prompt = Field(
+        description="A prompt is a text, a list of texts, a list of token ids, or a list of such lists."
     )
     max_tokens: _AtLeastOne | None = None
     logprobs: _UpTo20 | None = None
@@ -134,14 +154,10 @@ class CompletionRequest(Asked):
     @field_validator("prompt")
     @classmethod
     def _one_stream(cls, prompt: Any, others: ValidationInfo) -> Any:
-        if others.data.get("stream") and len(_each(prompt)) > 1:
+        if others.data.get("stream") and len(each(prompt)) > 1:
             raise ValueError("a stream has one prompt")
         return prompt
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        return _each(self.prompt)
-
-
-def _each(prompt: Any) -> list[str | list[int]]:
-    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+        return each(self.prompt)

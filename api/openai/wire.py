@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from api import errors
+from api.serving import asking
 from core.errors import GraftError
 
 Json = dict[str, Any]
@@ -24,17 +25,19 @@ def head(kind: str, identity: str, model: str) -> Json:
 
 def usage(*answers: Json) -> Json:
     """The sum of what engines counted."""
-    counted = [answer.get("usage") or {} for answer in answers]
-    prompt, completion = (
-        sum(one.get(name, 0) for one in counted) for name in ("prompt_tokens", "completion_tokens")
-    )
-    known = sum((one.get("prompt_tokens_details") or {}).get("cached_tokens") or 0 for one in counted)
+    counted = asking.counts(*answers)
+    details = [(answer.get("usage") or {}).get("prompt_tokens_details") or {} for answer in answers]
+    known = sum(one.get("cached_tokens") or 0 for one in details)
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
+        **counted,
+        "total_tokens": sum(counted.values()),
         "prompt_tokens_details": {"cached_tokens": known},
     }
+
+
+def served_by(part: Json) -> Json:
+    """For the last chunk of an output: how it was answered, where the engine says it."""
+    return {"served_by": part["served_by"]} if part.get("served_by") else {}
 
 
 async def events(chunks: AsyncIterator[Json]) -> AsyncIterator[str]:

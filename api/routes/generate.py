@@ -1,6 +1,5 @@
 """Generation with a base model, an adapter or a checkpoint, whole, streamed, or side by side."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,7 +20,7 @@ from api.schemas.generate import (
     Output,
     Prompted,
 )
-from api.serving import models, prompt
+from api.serving import asking, models, prompt
 from api.serving.listening import event_stream, while_listening
 from api.serving.models import Served
 from core.errors import GraftError
@@ -33,11 +32,12 @@ router = APIRouter(tags=["generation"], route_class=StrictRoute)
 async def generate(body: GenerateRequest, request: Request, services: ServicesDep, caller: CallerDep) -> Any:
     """Answer with the base model, or with an adapter by the prompt contract it was trained with."""
     served, ids = await run_in_threadpool(_prepare, body, services, caller.project_id)
-    sampling = _sampling(body, served, caller.project_id) | {"n": body.n}
+    sampling = body.sampling() | {"n": body.n}
+    asked = asking.options(served, caller.project_id, sampling, ends=not body.raw)
     if body.stream:
-        chunks = await while_listening(request, services.engine.stream(served.target, ids, sampling))
-        return event_stream(_events(chunks, served))
-    answer = await while_listening(request, services.engine.complete(served.target, ids, sampling))
+        chunks = await while_listening(request, services.engine.stream(served.target, ids, asked))
+        return event_stream(chunks, _events(chunks, served))
+    answer = await while_listening(request, services.engine.complete(served.target, ids, asked))
     outputs = [
         Output(text=choice["text"], finish_reason=choice["finish_reason"]) for choice in answer["choices"]
     ]
@@ -47,7 +47,7 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
         adapter_id=served.adapter_id,
         served_by=answer.get("served_by"),
         outputs=outputs,
-        usage=_usage(answer),
+        usage=asking.counts(answer),
     )
 
 
@@ -55,25 +55,36 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
 async def compare(
     body: CompareRequest, request: Request, services: ServicesDep, caller: CallerDep
 ) -> Comparison:
-    """Answer one prompt with several of base model, adapters and checkpoints, at the same time."""
+    """Answer one prompt with several of base model, adapters and checkpoints, at the same time. A target that cannot answer
+    has an error in its place; where none can, the call fails with one of theirs."""
     found = await run_in_threadpool(_targets, body, services, caller.project_id)
 
-    async def one(name: str, served: Served) -> Compared:
-        said = Compared(target=name, model=served.target.base_model, adapter_id=served.adapter_id)
+    async def one(served: Served) -> dict[str, Any] | GraftError:
         try:
             ids = await run_in_threadpool(_tokens, body, served)
-            sampling = _sampling(body, served, caller.project_id)
-            answer = await services.engine.complete(served.target, ids, sampling)
+            asked = asking.options(served, caller.project_id, body.sampling(), ends=not body.raw)
+            answer = await services.engine.complete(served.target, ids, asked)
         except GraftError as error:
-            return said.model_copy(update={"error": errors.body(error)})
+            return error
         choice = answer["choices"][0]
-        told = {"text": choice["text"], "finish_reason": choice["finish_reason"], "usage": _usage(answer)}
-        return said.model_copy(update=told | {"served_by": answer.get("served_by")})
+        told = {"text": choice["text"], "finish_reason": choice["finish_reason"]}
+        return {**told, "usage": asking.counts(answer), "served_by": answer.get("served_by")}
 
-    async def everyone() -> list[Compared]:
-        return await asyncio.gather(*(one(*pair) for pair in zip(body.targets, found, strict=True)))
-
-    return Comparison(id=f"cmp_{ULID()}", outputs=await while_listening(request, everyone()))
+    said = await while_listening(request, asking.side_by_side(one, found))
+    failed = [told for told in said if isinstance(told, GraftError)]
+    if len(failed) == len(said):
+        # One that may be gone later says when to come back.
+        raise next((error for error in failed if error.status in errors.LATER), failed[0])
+    outputs = [
+        Compared(
+            target=name,
+            model=served.target.base_model,
+            adapter_id=served.adapter_id,
+            **({"error": errors.body(told)} if isinstance(told, GraftError) else told),
+        )
+        for name, served, told in zip(body.targets, found, said, strict=True)
+    ]
+    return Comparison(id=f"cmp_{ULID()}", outputs=outputs)
 
 
 def _targets(body: CompareRequest, services: Services, project_id: str) -> list[Served]:
@@ -103,14 +114,8 @@ def _tokens(body: Prompted, served: Served) -> list[int]:
         ids = prompt.of_turns(served, turns, body.tools)
     else:
         ids = prompt.of_text(served, body.prompt or "", raw=body.raw)
-    prompt.check_length(served, ids, body.max_new_tokens, "max_new_tokens")
+    prompt.check_length(served, ids, body.max_new_tokens, "max_new_tokens", body.model_fields_set)
     return ids
-
-
-def _sampling(body: Prompted, served: Served, project_id: str) -> dict[str, Any]:
-    stops = [] if body.raw else list(served.contract.stop_token_ids)
-    # Prompts are only found again within a project.
-    return {**body.sampling(), "stop_token_ids": stops, "cache_salt": project_id}
 
 
 async def _events(chunks: AsyncIterator[dict[str, Any]], served: Served) -> AsyncIterator[str]:
@@ -135,18 +140,10 @@ async def _events(chunks: AsyncIterator[dict[str, Any]], served: Served) -> Asyn
             "adapter_id": served.adapter_id,
             "served_by": served_by,
             "finish_reason": finish_reason,
-            "usage": _usage({"usage": usage or {}}),
+            "usage": asking.counts({"usage": usage}),
         },
     )
 
 
 def _event(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
-
-
-def _usage(answer: dict[str, Any]) -> dict[str, int]:
-    usage = answer.get("usage") or {}
-    return {
-        "prompt_tokens": usage.get("prompt_tokens", 0),
-        "completion_tokens": usage.get("completion_tokens", 0),
-    }

@@ -1,9 +1,11 @@
 """Generation on the wire."""
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -17,8 +19,17 @@ from pydantic import (
 from api.schemas.common import Request
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-# One way to write each, or two keys could mean the same token.
-TokenId = Annotated[str, StringConstraints(pattern="^(0|[1-9][0-9]{0,9})$")]
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+def _token_id(key: str) -> str:
+    # One way to write each, or two keys could mean the same token.
+    if not _TOKEN_ID.fullmatch(key):
+        raise ValueError("the key is no token id, which is a whole number of up to 10 digits")
+    return key
+
+
+TokenId = Annotated[str, AfterValidator(_token_id)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -107,7 +118,8 @@ class Prompted(Sampled):
 
     messages: list[Message] | None = Field(None, min_length=1, max_length=1000)
     tools: list[dict[str, Any]] | None = Field(None, max_length=128)
-    prompt: str | None = None
+    # After messages, and raw after it: each is checked against the one before.
+    prompt: str | None = Field(None, validate_default=True)
     raw: bool = False
     max_new_tokens: Annotated[int, Field(ge=1, le=32_768), WHOLE] = 256
     temperature: float = Field(0.0, ge=0, le=2)
@@ -127,18 +139,36 @@ class Prompted(Sampled):
         refuse_last_answer(messages)
         return messages
 
-    @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
-        if (self.messages is None) == (self.prompt is None):
-            raise ValueError("give messages or prompt, and not both")
-        if self.tools and self.messages is None:
+    @field_validator("tools")
+    @classmethod
+    def _of_messages(cls, tools: list[dict[str, Any]], others: ValidationInfo) -> list[dict[str, Any]]:
+        if tools and _absent("messages", others):
             raise ValueError("tools need messages")
-        if self.raw and self.prompt is None:
+        return tools
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_prompt(cls, prompt: str | None, others: ValidationInfo) -> str | None:
+        if prompt is None and _absent("messages", others):
+            raise ValueError("neither messages nor prompt is given; send one of them")
+        if prompt is not None and others.data.get("messages") is not None:
+            raise ValueError("messages are given too; send one of the two")
+        return prompt
+
+    @field_validator("raw")
+    @classmethod
+    def _of_prompt(cls, raw: bool, others: ValidationInfo) -> bool:
+        if raw and _absent("prompt", others):
             raise ValueError("raw needs a prompt")
-        return self
+        return raw
 
     def sampling(self) -> dict[str, Any]:
         return {**super().sampling(), "max_tokens": self.max_new_tokens}
+
+
+def _absent(name: str, others: ValidationInfo) -> bool:
+    """Whether a field is not given; one that is wrong is not among the `others`, and has its own error."""
+    return name in others.data and others.data[name] is None
 
 
 class GenerateRequest(Prompted):

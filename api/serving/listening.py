@@ -6,7 +6,9 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from api.engine.client import Stream
 from core.errors import GraftError
 
 Answer = TypeVar("Answer")
@@ -32,7 +34,21 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-def event_stream(events: AsyncIterator[str]) -> StreamingResponse:
-    """Server-sent events that nothing between here and the client keeps back."""
+def event_stream(told: Stream, events: AsyncIterator[str]) -> StreamingResponse:
+    """Server-sent events, made of what the engine tells, that nothing between here and the client keeps back."""
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    return _Closing(told, events, media_type="text/event-stream", headers=headers)
+
+
+class _Closing(StreamingResponse):
+    """Of a client that is gone before the first event nobody begins to read the events: no `finally` in them runs."""
+
+    def __init__(self, told: Stream, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._told = told
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._told.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from api.deps import Services, ready_model
-from api.engine import Target
+from api.engine.client import Target
 from core.control import adapters, db, jobs
 from core.control.db import Session
 from core.control.running import events
@@ -21,6 +21,8 @@ from core.ml.prompts import Contract
 from core.storage import Storage
 
 _CHECKPOINT = re.compile(r"(job_[0-9A-Za-z]+)@(latest|[0-9]{1,9})")
+# What ids of adapters and of their jobs begin with.
+_TRAINED = ("ad_", "job_")
 _PROMPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", contracts.CONTRACT_FILE)
 
 
@@ -45,13 +47,20 @@ def named(services: Services, project_id: str, name: str, param: str = "model") 
         NotFound: there is none of that name.
         GraftError: `model_not_ready`, 503; `contract_broken`.
     """
-    if name.startswith(("ad_", "job_")):
+    if name.startswith(_TRAINED):
         return adapter(services, project_id, name, param)
     return base(services, name, param)
 
 
 def base(services: Services, name: str | None, param: str = "model") -> Served:
     """A base model, the default one without a name; raises as `named`."""
+    if name is not None and name.startswith(_TRAINED):
+        raise NotFound(
+            "model_not_found",
+            f'"{name[:60]}" is no base model.',
+            param=param,
+            hint="Send an adapter or a checkpoint as adapter_id, and leave model out.",
+        )
     with _in_field(param):
         model = ready_model(services, name)
     contract = contracts.load_cached(model.path)
@@ -72,6 +81,13 @@ def adapter(services: Services, project_id: str, name: str, param: str = "adapte
                 "checkpoint_not_found",
                 f'"{name[:60]}" names no checkpoint of a job.',
                 hint="Write job_…@latest for its newest checkpoint, or job_…@120 for that of step 120.",
+            )
+        elif not name.startswith("ad_"):
+            raise NotFound(
+                "adapter_not_found",
+                f'"{name[:60]}" is the id of no adapter, which begins with ad_.',
+                hint="GET /adapters lists those of your project. For a base model leave adapter_id out, and send its name "
+                "as model; without it, the default one answers.",
             )
         else:
             found = adapters.get(session, project_id, name)

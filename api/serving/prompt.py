@@ -1,6 +1,7 @@
 """The tokens of a prompt, by the contract of who answers."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from api.serving.models import Served
@@ -9,6 +10,8 @@ from core.ml import prompts
 from core.ml.formats.chat import messages
 from core.ml.formats.chat.calls import tools_of
 from core.ml.formats.chat.example import RowError
+
+_PLACE = re.compile(r"\b(?:messages|tools)\[[\w.\[\]]*")
 
 
 def of_turns(
@@ -30,7 +33,8 @@ def of_turns(
         read, _, _ = messages.parse(list(turns), messages.OPENAI)
         described = tools_of({"tools": tools})
     except RowError as error:
-        raise BadRequest(error.code, error.message, param=error.field, hint=error.hint) from error
+        place, message = _dotted(error.field), _dotted(error.message)
+        raise BadRequest(error.code, message, param=place, hint=error.hint) from error
     return prompts.encode_prompt(served.contract, read, described)
 
 
@@ -43,16 +47,34 @@ def of_text(served: Served, text: str, *, raw: bool) -> list[int]:
     return prompts.encode_prompt(served.contract, [{"role": "user", "content": text}])
 
 
-def check_length(served: Served, ids: Sequence[int], new: int, param: str) -> None:
-    """Raises BadRequest `prompt_too_long`, where prompt and answer are more than the model reads."""
-    if served.context is not None and len(ids) + new > served.context:
-        raise BadRequest(
-            "prompt_too_long",
-            f"The prompt has {len(ids)} tokens; with {param} {new} "
-            f"that is more than the {served.context} the model reads.",
-            param=param,
-            status=400,
-        )
+def check_length(served: Served, ids: Sequence[int], new: int, limit: str, sent: Collection[str]) -> None:
+    """`limit` names the field that says how many `new` tokens there may be; `sent` are the fields of the request, of which
+    an error names one.
+
+    Raises:
+        BadRequest: `prompt_too_long`, where prompt and answer are more than the model reads.
+    """
+    if served.context is None or (room := served.context - len(ids)) >= new:
+        return
+    given = "messages" if "messages" in sent else "prompt"
+    if room < 1:
+        told = f"of the {served.context} that the model reads, that leaves none for an answer"
+        remedy = f"Shorten the {given}"
+    else:
+        told = f"with {limit} {new} that is more than the {served.context} the model reads"
+        remedy = f"Send {limit} {room} or less, or shorten the {given}"
+    raise BadRequest(
+        "prompt_too_long",
+        f"The prompt has {len(ids)} tokens; {told}.",
+        param=limit if room > 0 and limit in sent else given,
+        hint=f"{remedy}; GET /models tells how many tokens a model reads.",
+        status=400,
+    )
+
+
+def _dotted(text: str) -> str:
+    """With places as everywhere in the API: a data set's `messages[0].content` is `messages.0.content` here."""
+    return _PLACE.sub(lambda place: re.sub(r"\[(\d+)\]", r".\1", place[0]), text)
 
 
 def _some(ids: list[int]) -> list[int]:

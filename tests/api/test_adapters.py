@@ -171,10 +171,11 @@ def test_without_an_engine_generation_is_unavailable(
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, ""),
-        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, ""),
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": "a"}], "raw": True}, ""),
+        ({"messages": [{"role": "user", "content": "a"}], "raw": True}, "raw"),
+        ({"prompt": "a", "tools": [{"name": "a"}]}, "tools"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
@@ -203,19 +204,25 @@ def test_a_wrong_request_is_named_by_its_field(shared_api: Api, body: dict[str, 
 
 def test_a_conversation_is_checked_as_those_of_a_data_set(shared_api: Api) -> None:
     for message, code, param in (
-        ({"role": "user"}, "not_text", "messages[0].content"),
-        ({"role": "tool", "content": "a"}, "tool_without_call", "messages[0]"),
+        ({"role": "user"}, "not_text", "messages.0.content"),
+        ({"role": "tool", "content": "a"}, "tool_without_call", "messages.0"),
     ):
         answer = shared_api.client.post("/generate", json={"messages": [message]})
-        assert refused(answer, 422, code)["param"] == param
+        error = refused(answer, 422, code)
+        assert (error["param"], error["message"].split()[0]) == (param, param)
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(shared_api: Api) -> None:
     body = {"prompt": "x" * 2000, "max_new_tokens": 5}
     error = refused(shared_api.client.post("/generate", json=body), 400, "prompt_too_long")
     assert "512" in error["message"]
+    assert error["param"] == "prompt"
     body = {"prompt": "x", "max_new_tokens": 512}
-    refused(shared_api.client.post("/generate", json=body), 400, "prompt_too_long")
+    error = refused(shared_api.client.post("/generate", json=body), 400, "prompt_too_long")
+    assert error["param"] == "max_new_tokens"
+    # 256 is no number that the client sent.
+    error = refused(shared_api.client.post("/generate", json={"prompt": "x" * 400}), 400, "prompt_too_long")
+    assert (error["param"], "max_new_tokens" in error["hint"]) == ("prompt", True)
 
 
 def test_an_empty_raw_prompt_is_refused(shared_api: Api) -> None:

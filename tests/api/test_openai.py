@@ -2,14 +2,18 @@
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai.resources.chat.completions import Completions as Chat
 from openai.resources.completions import Completions
+from openai.types import Completion as Answer
+from openai.types.chat import ChatCompletionChunk
 
+from api.openai.logprobs import OfCompletion, of_chat
 from api.openai.schemas import _UNSERVED, ChatRequest, CompletionRequest
 from api.schemas.generate import GenerateRequest
 from tests import tiny
@@ -33,12 +37,7 @@ def ask(api: Api, path: str, **changes: Any) -> Any:
 
 
 def answered(api: Api, path: str, **changes: Any) -> None:
-    answer = ask(api, path, **changes)
-    if path == "/compare":
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["outputs"][0]["error"]["code"] == "engine_unavailable"
-    else:
-        refused(answer, 503, "engine_unavailable")
+    refused(ask(api, path, **changes), 503, "engine_unavailable")
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -159,9 +158,10 @@ def test_newer_parameters_are_refused_or_passed_over(shared_api: Api) -> None:
 
 
 @only_sqlite
-def test_an_error_looks_the_same_wherever_it_comes(make_api: Callable[..., Api]) -> None:
+def test_an_error_looks_the_same_wherever_it_comes(make_api: Callable[..., Api], tiny_model: Path) -> None:
     vllm = Vllm(tiny.NAME)
-    api = make_api(engine_url=vllm.url)
+    other = {tiny.NAME: str(tiny_model), "tests/other": str(tiny_model)}
+    api = make_api(engine_url=vllm.url, models=other)
     vllm.dies = 1
     shape = ["message", "type", "code", "param", "hint", "request_id"]
     told = []
@@ -170,12 +170,56 @@ def test_an_error_looks_the_same_wherever_it_comes(make_api: Callable[..., Api])
             answer = ask(api, path, stream=True)
             *_, last = [line for line in answer.text.splitlines() if line.startswith("data: ")]
             told.append((answer, json.loads(last[6:])["error"]))
-        vllm.served_name = "none"
-        answer = ask(api, "/compare")
-        told.append((answer, answer.json()["outputs"][0]["error"]))
+        answer = ask(api, "/compare", targets=["base", "tests/other"])
+        told.append((answer, answer.json()["outputs"][1]["error"]))
     finally:
         vllm.stop()
     for answer, error in told:
         assert list(error) == shape
         assert (error["type"], error["request_id"]) == ("server_error", answer.headers["x-request-id"])
     assert [error["code"] for _, error in told] == ["engine_unavailable"] * 3 + ["model_not_served"]
+
+
+class Saying(Vllm):
+    """Says in the last chunk of an output how it was answered, as Graft's own engine does."""
+
+    async def _stream(self, *said: Any) -> AsyncIterator[str]:
+        async for event in super()._stream(*said):
+            yield event.replace('"length"}],', '"length"}],"served_by":"batch",')
+
+
+@only_sqlite
+@pytest.mark.parametrize(("engine", "says"), [(Saying, "batch"), (Vllm, None)])
+@pytest.mark.parametrize(
+    ("path", "read"),
+    [
+        ("/v1/chat/completions", ChatCompletionChunk.model_validate),
+        ("/v1/completions", Answer.model_validate),
+    ],
+)
+def test_a_stream_says_with_its_end_how_it_was_answered(
+    make_api: Callable[..., Api], path: str, read: Callable[[Any], Any], engine: type[Vllm], says: str | None
+) -> None:
+    running = engine(tiny.NAME)
+    try:
+        answer = ask(make_api(engine_url=running.url), path, stream=True, max_tokens=3)
+    finally:
+        running.stop()
+    *lines, end = [line[6:] for line in answer.text.splitlines() if line]
+    assert end == "[DONE]"
+    *before, last = map(json.loads, lines)
+    assert [chunk.get("served_by") for chunk in before] == [None] * len(before)
+    assert ("served_by" in last, last.get("served_by")) == (says is not None, says)
+    read_last = read(last)
+    assert (read_last.choices[0].finish_reason, getattr(read_last, "served_by", None)) == ("length", says)
+
+
+@pytest.mark.parametrize("tops", [None, [None]])
+def test_an_engine_may_tell_nothing_of_the_likeliest_tokens(tops: list[None] | None) -> None:
+    told = {"tokens": ["token_id:70"], "token_logprobs": [-1.0], "top_logprobs": tops}
+    chat = of_chat(tiny.tokenizer(), told)
+    assert chat is not None
+    assert [(one["logprob"], one["top_logprobs"]) for one in chat["content"]] == [(-1.0, [])]
+    completion = OfCompletion(tiny.tokenizer()).told(told, 1)
+    assert completion is not None
+    assert [list(top.values()) for top in completion["top_logprobs"]] == [[-1.0]]

@@ -9,6 +9,7 @@ from moto.server import ThreadedMotoServer
 
 from tests import tiny
 from tests.conftest import fresh_database
+from tests.hub import Hub
 from tests.service import QUICK, Service
 
 MESSAGES = [
@@ -42,9 +43,11 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
 ) -> Iterator[Service]:
-    """`graft up` with the tiny model: as it is out of the box, and on the servers of production."""
+    """`graft up` with the tiny model: as it is out of the box, and on the servers of production. The hub, which the
+    settings do not allow, is asked for nothing."""
     home = tmp_path_factory.mktemp("service") / "home"
-    environment = tiny_environment(tiny_model)
+    hub = Hub()
+    environment = tiny_environment(tiny_model) | hub.environment
     s3 = None
     if request.param.startswith("postgres"):
         s3 = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -62,12 +65,14 @@ def service(
         }
         _make_bucket(environment)
     made = Service(home, environment)
-    try:
-        yield made.start()
-    finally:
-        made.stop()
-        if s3 is not None:
-            s3.stop()
+    with hub:
+        try:
+            yield made.start()
+        finally:
+            made.stop()
+            if s3 is not None:
+                s3.stop()
+    assert hub.asked == [], hub.asked
 
 
 def _make_bucket(environment: dict[str, str]) -> None:

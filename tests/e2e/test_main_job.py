@@ -241,7 +241,7 @@ def test_a_conversation_goes_on_after_an_answer_that_failed(service: Service) ->
         check=False,
     )
     assert said.returncode == 2
-    assert b"more than the 512 the model reads" in b" ".join(said.stderr.split())
+    assert b"the 512 that the model reads" in b" ".join(said.stderr.split())
     assert len(said.stdout) > 2  # there is an answer behind the one that failed
     assert said.stderr.endswith(b"What you wrote is not UTF-8.\n")
 

@@ -64,6 +64,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI, job: dict
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-2].served_by == chunks[-1].served_by == whole.served_by
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert all(chunk.usage is None for chunk in chunks[:-1])
@@ -201,8 +202,9 @@ def test_wrong_requests_raise_what_openai_raises(client: openai.OpenAI) -> None:
         ({"tool_choice": "required", "tools": TOOLS}, "tool_choice"),
         ({"temperature": 3}, "temperature"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
         ({"max_completion_tokens": 10_000}, "max_completion_tokens"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"extra_body": {"temprature": 1}}, "temprature"),
     ):
         with pytest.raises(openai.APIStatusError) as caught:

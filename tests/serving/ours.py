@@ -35,7 +35,7 @@ class Ours:
 
     def start(self) -> None:
         words = ["-m", "uvicorn", "--factory", "worker.inference.main:create_app", "--log-level", "warning"]
-        command = [sys.executable, *words, "--port", str(self.port)]
+        command = [sys.executable, *words, "--port", str(self.port), "--timeout-graceful-shutdown", "5"]
         self.process = subprocess.Popen(command, env=self.environment)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pytest
 from safetensors.torch import load_file, save_file
 
-from api.engine import Engine, Target
+from api.engine.client import Engine, Target
 from core.errors import GraftError
 from tests import tiny
 from tests.ml.inference import strong

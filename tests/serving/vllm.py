@@ -6,6 +6,7 @@ Its model is a hash: the next token depends on the adapter and on all tokens bef
 import asyncio
 import hashlib
 import json
+import random
 import socket
 import threading
 import time
@@ -26,12 +27,15 @@ _WORDS = ["a ", "be\u2028", "see ", "dee\u2029", "ee ", "eff\x85", "gee ", "ouch
 
 class Vllm:
     """`updating`: VLLM_ALLOW_RUNTIME_LORA_UPDATING; `passes_over`: the next adapters are taken and not applied; `slow`:
-    seconds that a load takes; `dies`: a stream breaks off after so many tokens."""
+    seconds that a load takes; `dies`: a stream breaks off after so many tokens; `noise`: by how much the same log
+    probabilities differ from one answer to the next, as where others are in the batch."""
 
     def __init__(self, served_name: str) -> None:
         self.served_name = served_name
         self.updating, self.passes_over, self.slow = True, False, 0.0
         self.dies: int | None = None
+        self.noise, self._draw = 0.0, random.Random(0)
+        self.bodies: list[dict[str, Any]] = []
         self.loads: list[str] = []
         self._adapters: dict[str, str] = {}
         routes = [
@@ -93,6 +97,7 @@ class Vllm:
 
     async def _completions(self, request: Request) -> Response:
         body = await request.json()
+        self.bodies.append(body)
         name = body["model"]
         if name != self.served_name and name not in self._adapters:
             return _error(f"The model `{name}` does not exist.", "NotFoundError", 404)
@@ -141,7 +146,7 @@ class Vllm:
         state, made = f"{effect}{prompt}".encode(), []
         for _ in range(count):
             state = hashlib.sha256(state).digest()
-            made.append((state[0] % len(_WORDS), -state[1] / 64))
+            made.append((state[0] % len(_WORDS), -state[1] / 64 + self.noise * self._draw.gauss(0, 1)))
         return made
 
 

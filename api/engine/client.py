@@ -11,15 +11,16 @@ from weakref import WeakValueDictionary
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector
 
-from core.errors import Conflict, GraftError
+from api.engine import refusals
+from api.engine.effect import verdict
+from core.errors import GraftError
 
 # Beside the time that an answer may take: a first request waits until a base model is converted and loaded.
 _LOADING_SECONDS = 120
 # What an adapter is tried on: long enough to show what it does, short enough not to be noticed.
 _PROBE_PROMPT = 256
 _PROBE_TOKENS = 8
-# What the engine says of the request is the client's business; the rest is ours.
-_PASSED_ON = (400, 404, 409, 422, 429, 503, 504, 507)
+_PROBES = 3
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,11 @@ class Engine:
         """
         return await _read(await self._send(target, {"model": target.name, "prompt": prompt, **sampling}))
 
-    async def stream(
-        self, target: Target, prompt: list[int], sampling: dict[str, Any]
-    ) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, target: Target, prompt: list[int], sampling: dict[str, Any]) -> "Stream":
         """The chunks of a completion. The connection is open when this returns, so errors come first."""
         options = {"stream": True, "stream_options": {"include_usage": True}}
         response = await self._send(target, {"model": target.name, "prompt": prompt, **sampling, **options})
-        return _chunks(response)
+        return Stream(response)
 
     async def state(self) -> tuple[bool, dict[str, Any]]:
         """Whether it works, and what it says of itself: vLLM says nothing."""
@@ -88,81 +87,93 @@ class Engine:
 
     async def _send(self, target: Target, body: dict[str, Any]) -> ClientResponse:
         if target.path is not None and target.name not in self._loaded:
-            await self._load(target, body["prompt"])
+            await self._load(target, body)
         response = await self._post("/v1/completions", body)
         if response.status == HTTPStatus.NOT_FOUND and target.path is not None:
             # It forgot: it was started anew.
             response.close()
             self._loaded.discard(target.name)
-            await self._load(target, body["prompt"])
+            await self._load(target, body)
             response = await self._post("/v1/completions", body)
         if response.status == HTTPStatus.NOT_FOUND and target.path is None:
             response.close()
-            raise GraftError(
-                "model_not_served",
-                f"The inference engine does not serve {target.base_model}.",
-                status=503,
-                hint="The engine behind GRAFT_ENGINE_URL has to serve the base model under this name.",
-            )
+            raise refusals.not_served(target.base_model)
         await _raise_for(response)
         return response
 
-    async def _load(self, target: Target, prompt: list[int]) -> None:
+    async def _load(self, target: Target, body: dict[str, Any]) -> None:
         """Have the engine know an adapter, and see that it is at work."""
         async with self._loading.setdefault(target.name, asyncio.Lock()):
             if target.name not in self._loaded:
-                await self._load_once(target, prompt)
+                await self._load_once(target, body)
                 self._loaded.add(target.name)
 
-    async def _load_once(self, target: Target, prompt: list[int]) -> None:
+    async def _load_once(self, target: Target, body: dict[str, Any]) -> None:
         asked = {"lora_name": target.name, "lora_path": target.path, "base_model_name": target.base_model}
         response = await self._post("/v1/load_lora_adapter", asked)
         text = (await _body(response)).decode(errors="replace")
         if not response.ok and "already been loaded" not in text:
-            raise _not_loaded(target, response.status, text)
+            raise refusals.not_loaded(target.name, response.status, text)
         if not _vouched_for(text):
-            await self._probe(target, prompt[:_PROBE_PROMPT])
+            await self._probe(target, body)
 
-    async def _probe(self, target: Target, prompt: list[int]) -> None:
+    async def _probe(self, target: Target, body: dict[str, Any]) -> None:
         """Engines were seen to say yes to adapters that they then passed over: see that the numbers change.
 
         Raises:
-            GraftError: `adapter_inert`, 502.
+            GraftError: `adapter_inert`, 502; `model_not_served`, 503.
         """
         asked = {
-            "prompt": prompt,
+            "prompt": body["prompt"][:_PROBE_PROMPT],
+            "cache_salt": body.get("cache_salt"),
             "max_tokens": _PROBE_TOKENS,
             "temperature": 0,
             "logprobs": 5,
             "return_tokens_as_token_ids": True,
         }
-        told = []
-        for name in (target.name, target.base_model):
-            response = await self._post("/v1/completions", {"model": name, **asked})
-            await _raise_for(response)
-            told.append((await _read(response))["choices"][0]["logprobs"])
-        if told[0] == told[1]:
-            unloaded = await self._post("/v1/unload_lora_adapter", {"lora_name": target.name})
-            unloaded.close()
-            raise GraftError(
-                "adapter_inert",
-                f"The inference engine took {target.name}, and answers as the base model does.",
-                status=502,
-                hint="It does not know some layers of this base model for LoRA. Export the adapter merged and serve that.",
-            )
+        for _ in range(_PROBES):
+            told = []
+            for name in (target.base_model, target.name, target.base_model):
+                response = await self._post("/v1/completions", {"model": name, **asked})
+                if response.status == HTTPStatus.NOT_FOUND and name == target.base_model:
+                    response.close()
+                    raise refusals.not_served(name)
+                await _raise_for(response)
+                told.append((await _read(response))["choices"][0]["logprobs"])
+            found = verdict(told[1], (told[0], told[2]))
+            if found == "at work":
+                return
+            if found == "inert":
+                break
+        unloaded = await self._post("/v1/unload_lora_adapter", {"lora_name": target.name})
+        unloaded.close()
+        raise refusals.inert(target.name)
 
     async def _post(self, path: str, body: dict[str, Any]) -> ClientResponse:
         try:
             return await self._http.post(self._url + path, json=body, allow_redirects=False)
         except ClientError as error:
-            raise _unavailable() from error
+            raise refusals.unavailable() from error
+
+
+class Stream(AsyncIterator[dict[str, Any]]):
+    """The chunks of a completion, as they come. Closing it has the engine stop."""
+
+    def __init__(self, response: ClientResponse) -> None:
+        self._response, self._chunks = response, _chunks(response)
+
+    async def __anext__(self) -> dict[str, Any]:
+        return await anext(self._chunks)
+
+    def close(self) -> None:
+        self._response.close()
 
 
 async def _body(response: ClientResponse) -> bytes:
     try:
         return await response.read()
     except ClientError as error:
-        raise _unavailable() from error
+        raise refusals.unavailable() from error
     finally:
         response.close()
 
@@ -171,7 +182,7 @@ async def _read(response: ClientResponse) -> dict[str, Any]:
     try:
         found = json.loads(await _body(response))
     except ValueError as error:
-        raise _no_json() from error
+        raise refusals.no_json() from error
     assert isinstance(found, dict)
     return found
 
@@ -186,13 +197,13 @@ async def _chunks(response: ClientResponse) -> AsyncIterator[dict[str, Any]]:
             try:
                 chunk: dict[str, Any] = json.loads(line[6:])
             except ValueError as error:
-                raise _no_json() from error
+                raise refusals.no_json() from error
             if "error" in chunk:
-                raise _said(chunk, HTTPStatus.BAD_GATEWAY, "The inference engine failed.")
+                raise refusals.said(chunk, HTTPStatus.BAD_GATEWAY, "The inference engine failed.")
             yield chunk
-        raise _unavailable("The inference engine broke off in the middle of the answer.")
+        raise refusals.unavailable("The inference engine broke off in the middle of the answer.")
     except ClientError as error:
-        raise _unavailable("The inference engine broke off in the middle of the answer.") from error
+        raise refusals.unavailable("The inference engine broke off in the middle of the answer.") from error
     finally:
         # Leaving early closes the connection, and with it the engine stops generating.
         response.close()
@@ -215,22 +226,7 @@ async def _raise_for(response: ClientResponse) -> None:
         body = json.loads(await _body(response))
     except (ValueError, GraftError):
         body = None
-    raise _said(body, response.status, f"The inference engine answered {response.status}.")
-
-
-def _said(body: Any, status: int, otherwise: str) -> GraftError:
-    """An engine's error; vLLM's codes are the numbers of statuses."""
-    error = body.get("error") if isinstance(body, dict) else None
-    told = error if isinstance(error, dict) else {}
-    texts = {name: value for name, value in told.items() if isinstance(value, str)}
-    code = texts.get("code", "")
-    return GraftError(
-        "engine_error" if not code or code.isdecimal() else code,
-        texts.get("message") or otherwise,
-        status=status if status in _PASSED_ON else HTTPStatus.BAD_GATEWAY,
-        param=texts.get("param"),
-        hint=texts.get("hint"),
-    )
+    raise refusals.said(body, response.status, f"The inference engine answered {response.status}.")
 
 
 def _vouched_for(text: str) -> bool:
@@ -240,38 +236,3 @@ def _vouched_for(text: str) -> bool:
     except ValueError:
         return False
     return isinstance(answer, dict) and answer.get("checked") is True
-
-
-def _not_loaded(target: Target, status: int, text: str) -> GraftError:
-    try:
-        body = json.loads(text)
-    except ValueError:
-        body = None
-    error = _said(body, status, f"The inference engine answered {status} when asked to load {target.name}.")
-    known = error.code != "engine_error"
-    if "rank" in error.message and not known:
-        hint = "Start vLLM with a --max-lora-rank that is large enough, or export the adapter merged."
-        return Conflict(
-            "rank_not_served", f"The inference engine refuses {target.name}: {error.message}", hint=hint
-        )
-    if known and status in _PASSED_ON:
-        return error
-    return GraftError(
-        "adapter_not_loaded",
-        f"The inference engine did not load {target.name}: {error.message}",
-        status=502,
-        hint="vLLM needs --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and to see the files under the same path.",
-    )
-
-
-def _no_json() -> GraftError:
-    return GraftError("engine_error", "The inference engine answered no JSON.", status=502)
-
-
-def _unavailable(message: str = "The inference engine does not answer.") -> GraftError:
-    return GraftError(
-        "engine_unavailable",
-        message,
-        status=503,
-        hint="It may still be starting; GET /health/ready shows its state.",
-    )

@@ -1,0 +1,76 @@
+"""What an engine's refusals mean to a client."""
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+from core.errors import Conflict, GraftError
+
+# What the engine says of the request is the client's business; the rest is ours.
+_PASSED_ON = (400, 404, 409, 422, 429, 503, 504, 507)
+
+
+def said(body: Any, status: int, otherwise: str) -> GraftError:
+    """An engine's error; vLLM's codes are the numbers of statuses."""
+    error = body.get("error") if isinstance(body, dict) else None
+    told = error if isinstance(error, dict) else {}
+    texts = {name: value for name, value in told.items() if isinstance(value, str)}
+    code = texts.get("code", "")
+    return GraftError(
+        "engine_error" if not code or code.isdecimal() else code,
+        texts.get("message") or otherwise,
+        status=status if status in _PASSED_ON else HTTPStatus.BAD_GATEWAY,
+        param=texts.get("param"),
+        hint=texts.get("hint"),
+    )
+
+
+def not_loaded(name: str, status: int, text: str) -> GraftError:
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = None
+    error = said(body, status, f"The inference engine answered {status} when asked to load {name}.")
+    known = error.code != "engine_error"
+    if "rank" in error.message and not known:
+        hint = "Start vLLM with a --max-lora-rank that is large enough, or export the adapter merged."
+        return Conflict("rank_not_served", f"The inference engine refuses {name}: {error.message}", hint=hint)
+    if known and status in _PASSED_ON:
+        return error
+    return GraftError(
+        "adapter_not_loaded",
+        f"The inference engine did not load {name}: {error.message}",
+        status=502,
+        hint="vLLM needs --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and to see the files under the same path.",
+    )
+
+
+def not_served(base_model: str) -> GraftError:
+    return GraftError(
+        "model_not_served",
+        f"The inference engine does not serve {base_model}.",
+        status=503,
+        hint="The engine behind GRAFT_ENGINE_URL has to serve the base model under this name.",
+    )
+
+
+def inert(name: str) -> GraftError:
+    return GraftError(
+        "adapter_inert",
+        f"The inference engine took {name}, and answers as the base model does.",
+        status=502,
+        hint="It does not know some layers of this base model for LoRA. Export the adapter merged and serve that.",
+    )
+
+
+def no_json() -> GraftError:
+    return GraftError("engine_error", "The inference engine answered no JSON.", status=502)
+
+
+def unavailable(message: str = "The inference engine does not answer.") -> GraftError:
+    return GraftError(
+        "engine_unavailable",
+        message,
+        status=503,
+        hint="It may still be starting; GET /health/ready shows its state.",
+    )

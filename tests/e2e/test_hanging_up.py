@@ -1,8 +1,10 @@
 """Who hangs up at the API, with all its middleware, ends what the engine writes for him."""
 
 import json
+import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -78,3 +80,26 @@ def test_a_comparison_ends(service: Service, http: httpx.Client) -> None:
     body = {"targets": ["base"] * 8, "messages": TURNS, "max_new_tokens": 900}
     hangs_up(service, http, "/compare", long | body)
     assert http.get("/health/live").json() == {"status": "ok"}
+
+
+def test_many_who_hang_up_at_any_moment_leave_no_connection(service: Service, http: httpx.Client) -> None:
+    headers = {"authorization": f"Bearer {service.key}", "content-type": "application/json"}
+    (api,) = service.pids("api.main")
+
+    def files() -> int:
+        return len(list(Path(f"/proc/{api}/fd").iterdir()))
+
+    def many_hang_up() -> None:
+        for number in range(60):
+            path, body = ASKED[number % len(ASKED)]
+            one = LONG | body | {"n": 1, "stream": bool(number % 2)}
+            asking = HTTPConnection(http.base_url.host, http.base_url.port)
+            asking.request("POST", path, json.dumps(one), headers)
+            time.sleep(number % 20 / 1000)
+            asking.close()
+        wait_until(lambda: not writes(http), "the engine lays all of it down", 20)
+
+    many_hang_up()
+    before = files()
+    many_hang_up()
+    wait_until(lambda: files() <= before, f"as few open files as before, {before}", 10)

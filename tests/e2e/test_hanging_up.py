@@ -90,12 +90,12 @@ def test_many_who_hang_up_at_any_moment_leave_no_connection(service: Service, ht
         return len(list(Path(f"/proc/{api}/fd").iterdir()))
 
     def many_hang_up() -> None:
-        for number in range(60):
+        for number in range(150):
             path, body = ASKED[number % len(ASKED)]
             one = LONG | body | {"n": 1, "stream": bool(number % 2)}
             asking = HTTPConnection(http.base_url.host, http.base_url.port)
             asking.request("POST", path, json.dumps(one), headers)
-            time.sleep(number % 20 / 1000)
+            time.sleep(number % 25 / 1000)
             asking.close()
         wait_until(lambda: not writes(http), "the engine lays all of it down", 20)
 

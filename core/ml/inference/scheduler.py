@@ -61,6 +61,8 @@ class Scheduler:
         self.room = self.free = self._measured()
         self.running: list[Answering] = []
         self._failures = self._good = 0
+        # There was no memory for one more beside those running: until one of them is over there is none.
+        self._short = False
 
     def _measured(self) -> int:
         """In tokens."""
@@ -81,7 +83,7 @@ class Scheduler:
             if sharing.is_beyond(one, self.running, self.limits.running, self.room):
                 continue  # others go past it: it waits for its own project
             # One that waits for room is not overtaken: small ones would keep it waiting for ever.
-            if len(self.running) >= self.limits.running or one.most > self.free:
+            if self._short or len(self.running) >= self.limits.running or one.most > self.free:
                 break
             if one.after is not None and not one.after.new and not one.after.over:
                 continue
@@ -108,6 +110,7 @@ class Scheduler:
             if base_model.is_out_of_memory(error):
                 self._make_room(error)
                 if self.running or not one.room_made:
+                    self._short = bool(self.running)
                     one.room_made = not self.running
                     return False
             logger.exception("an answer of %s", source.name if source else one.request.base)
@@ -228,6 +231,7 @@ class Scheduler:
     def _end(self, one: Answering) -> None:
         self.running.remove(one)
         self.free += one.most
+        self._short = False
         # The next prompt of a conversation begins with this one and its answer.
         self._keep(one, one.tokens)
         self._give_back(one)

@@ -159,7 +159,10 @@ def test_too_little_memory_for_one_more_has_it_wait(llama: Case, monkeypatch: py
         scheduler.admit(waiting)
         scheduler.step()
 
-    def full(_most: int) -> Cache:
+    tried = []
+
+    def full(most: int) -> Cache:
+        tried.append(most)
         raise torch.OutOfMemoryError("no memory")
 
     waiting.append(second)
@@ -168,6 +171,7 @@ def test_too_little_memory_for_one_more_has_it_wait(llama: Case, monkeypatch: py
         for _ in range(50):
             scheduler.admit(waiting)
         assert waiting == [second]
+        assert len(tried) == 1  # each try drops what is known of prompts
         assert not second.over
         finish(scheduler, [])
         scheduler.admit(waiting)

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 _UNPROCESSABLE = 422
 # What pydantic finds wrong with a body that is a list, a text or null, which is as none to FastAPI.
 _NO_OBJECT = ("model_attributes_type", "model_type", "missing")
+_BMP = 0xFFFF
 # As many problems as one answer names.
 _LISTED = 50
 # What peft and transformers call our fields, and /generate those of /compare.
@@ -64,10 +65,14 @@ def body(error: GraftError) -> dict[str, Any]:
 
 
 def _seen(value: Any) -> Any:
-    """A text with what is unseen in it written as \\uXXXX; anything else as it is."""
+    """A text with what is unseen in it written as in Python; anything else as it is."""
     if not isinstance(value, str) or value.isprintable():
         return value
-    return "".join(f"\\u{ord(sign):04x}" if unicodedata.category(sign) in _UNSEEN else sign for sign in value)
+    return "".join(_written(sign) if unicodedata.category(sign) in _UNSEEN else sign for sign in value)
+
+
+def _written(sign: str) -> str:
+    return f"\\u{ord(sign):04x}" if ord(sign) <= _BMP else f"\\U{ord(sign):08x}"
 
 
 def render(error: GraftError, headers: dict[str, str] | None = None) -> JSONResponse:

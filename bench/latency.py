@@ -27,7 +27,7 @@ from core.ml.inference.answering import Finish, Told
 from core.ml.inference.batch.lora import linear_layers
 from core.ml.inference.engine import Engine
 from core.ml.inference.sampling import Sampling
-from core.ml.inference.store import adapters
+from core.ml.inference.store import files
 from core.ml.quantization import Quantization
 
 
@@ -89,8 +89,8 @@ def adapter_loads(folder: Path, name: str, plain: object) -> None:
     taken = []
     for _ in range(7):
         started = time.monotonic()
-        source = adapters.look("ad", name, folder, layers)
-        adapters.read(source, base_model.device(), base_model.settle(Quantization(bits=16)).torch_dtype)
+        source = files.look("ad", name, folder, layers)
+        files.read(source, base_model.device(), base_model.settle(Quantization(bits=16)).torch_dtype)
         taken.append(time.monotonic() - started)
     size = (folder / "adapter_model.safetensors").stat().st_size / 1e6
     print(

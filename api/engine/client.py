@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +40,7 @@ class Engine:
     def __init__(self, url: str, key: str | None, answer_seconds: float = 600) -> None:
         self._url = url.rstrip("/")
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._timeout = ClientTimeout(total=None, sock_connect=3, sock_read=answer_seconds + _LOADING_SECONDS)
+        self._timeout = ClientTimeout(total=None, connect=3, sock_read=answer_seconds + _LOADING_SECONDS)
         # Adapters that this process saw loaded, and at work.
         self._loaded: set[str] = set()
         self._loading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -75,9 +76,11 @@ class Engine:
     async def state(self) -> tuple[bool, dict[str, Any]]:
         """Whether it works, and what it says of itself: vLLM says nothing."""
         try:
-            async with self._http.get(f"{self._url}/health", timeout=ClientTimeout(2)) as response:
+            async with self._http.get(
+                f"{self._url}/health", timeout=ClientTimeout(2), allow_redirects=False
+            ) as response:
                 text = await response.read()
-        except (ClientError, TimeoutError):
+        except (ClientError, TimeoutError, ValueError):
             return False, {}
         try:
             said = json.loads(text)
@@ -125,7 +128,6 @@ class Engine:
         """
         asked = {
             "prompt": body["prompt"][:_PROBE_PROMPT],
-            "cache_salt": body.get("cache_salt"),
             "max_tokens": _PROBE_TOKENS,
             "temperature": 0,
             "logprobs": 5,
@@ -134,7 +136,9 @@ class Engine:
         for _ in range(_PROBES):
             told = []
             for name in (target.base_model, target.name, target.base_model):
-                response = await self._post("/v1/completions", {"model": name, **asked})
+                # What was kept of a prompt is read by other kernels: nothing is, under a salt of nobody else.
+                salted = {"model": name, "cache_salt": secrets.token_hex(8), **asked}
+                response = await self._post("/v1/completions", salted)
                 if response.status == HTTPStatus.NOT_FOUND and name == target.base_model:
                     response.close()
                     raise refusals.not_served(name)
@@ -144,15 +148,15 @@ class Engine:
             if found == "at work":
                 return
             if found == "inert":
+                unloaded = await self._post("/v1/unload_lora_adapter", {"lora_name": target.name})
+                unloaded.close()
                 break
-        unloaded = await self._post("/v1/unload_lora_adapter", {"lora_name": target.name})
-        unloaded.close()
         raise refusals.inert(target.name)
 
     async def _post(self, path: str, body: dict[str, Any]) -> ClientResponse:
         try:
             return await self._http.post(self._url + path, json=body, allow_redirects=False)
-        except ClientError as error:
+        except (ClientError, ValueError) as error:  # the latter of an address or a key that cannot be sent
             raise refusals.unavailable() from error
 
 

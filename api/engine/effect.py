@@ -9,10 +9,10 @@ _CLEARLY = 2.0
 Verdict = Literal["at work", "inert", "unclear"]
 
 
-def verdict(adapter: Mapping[str, Any], bases: Sequence[Mapping[str, Any]]) -> Verdict:
+def verdict(adapter: Mapping[str, Any] | None, bases: Sequence[Mapping[str, Any] | None]) -> Verdict:
     """`adapter` and the two of `bases`: the `logprobs` of the same greedy completion, in the form of OpenAI's completions.
 
-    "inert" is said where all three are the same numbers, "unclear" where the adapter differs no more than twice as much
+    "inert" is said where its numbers are those of the base model, "unclear" where the adapter differs no more than twice as much
     from the base model as that does from itself.
     """
     one, other = bases
@@ -23,15 +23,19 @@ def verdict(adapter: Mapping[str, Any], bases: Sequence[Mapping[str, Any]]) -> V
     return "at work" if effect > _CLEARLY * noise else "unclear"
 
 
-def _distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+def _distance(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> float:
     """The mean difference of the likeliest tokens' log probabilities, as far as both continue the same text; infinite where
     no token is among the likeliest of both."""
     apart: list[float] = []
-    for place, (this, that) in enumerate(zip(one["top_logprobs"], other["top_logprobs"], strict=False)):
+    for this, that in zip(_tops(one), _tops(other), strict=False):
         shared = this.keys() & that.keys()
         if not shared:
             return float("inf")
         apart += [abs(this[token] - that[token]) for token in shared]
-        if one["tokens"][place] != other["tokens"][place]:
+        if max(this, key=this.__getitem__) != max(that, key=that.__getitem__):
             break
     return sum(apart) / max(len(apart), 1)
+
+
+def _tops(told: Mapping[str, Any] | None) -> list[dict[str, float]]:
+    return (told or {}).get("top_logprobs") or []

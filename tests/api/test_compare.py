@@ -37,7 +37,7 @@ class Watched(Vllm):
         self.most = max(self.most, self.held)
         if self.breaks:
             return await self._break(request, first=self.asked == 1)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)
         self.held -= 1
         return await super()._completions(request)
 

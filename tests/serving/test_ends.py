@@ -46,7 +46,7 @@ def test_a_client_that_is_gone_before_the_first_event_stops_the_engine(ours: Our
                 told = await engine.stream(BASE, PROMPT, LONG)
                 # As uvicorn calls it: starlette listens for the client beside the events.
                 await event_stream(told, events(told))({"type": "http"}, gone, send)
-            for _ in range(50):
+            for _ in range(500):
                 _, said = await engine.state()
                 if not said["running"]:
                     return
@@ -66,6 +66,7 @@ def test_whoever_still_waits_when_it_is_asked_to_end_is_told(ours: Ours) -> None
     async def talk() -> list[Any]:
         engine = Engine(ours.url, None)
         try:
+            await engine.complete(BASE, PROMPT, {"max_tokens": 1})  # the model is there
             asking = [
                 asyncio.create_task(
                     streamed(engine) if n % 2 else engine.complete(BASE, PROMPT, {**LONG, "n": 8})
@@ -83,6 +84,7 @@ def test_whoever_still_waits_when_it_is_asked_to_end_is_told(ours: Ours) -> None
         if isinstance(end, BaseException):
             assert isinstance(end, GraftError)
             assert (end.code, bool(end.hint)) == ("engine_unavailable", True)
+            assert "it is closed" in end.message
             assert number % 2 or end.status == 503
     assert any(isinstance(end, GraftError) for end in ends[::2])
     assert any(isinstance(end, GraftError) for end in ends[1::2])

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Coroutine, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,6 +144,24 @@ def test_it_says_how_it_is_and_since_when(served: Served) -> None:
 
 def test_one_that_is_not_there_does_not_work() -> None:
     assert talking("http://127.0.0.1:9", lambda engine: engine.state()) == (False, {})
+
+
+def test_one_that_sends_elsewhere_does_not_work() -> None:
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/login" else 302)
+            self.send_header("location", "/login")
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_said: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        works, _ = talking(f"http://127.0.0.1:{server.server_port}", lambda engine: engine.state())
+        server.shutdown()
+    assert not works
 
 
 def test_an_adapter_that_changes_nothing_is_refused_every_time(served: Served, storage: Path) -> None:

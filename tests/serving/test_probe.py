@@ -51,14 +51,17 @@ def test_one_that_is_passed_over_is_refused_however_the_last_digits_differ(
         asked(vllm, target)
     assert (caught.value.code, caught.value.status) == ("adapter_inert", 502)
     vllm.passes_over = False
+    vllm.restart()
     assert asked(vllm, target)["choices"]
 
 
-def test_it_is_tried_under_the_salt_of_who_asks(vllm: Vllm, target: Target) -> None:
-    """Or the engine would know one project's prompts again for another."""
+def test_it_is_tried_under_salts_of_nobody_else(vllm: Vllm, target: Target) -> None:
+    """Or what the engine knows of a prompt, of this project or another, would change the numbers."""
     asked(vllm, target, cache_salt="ours")
     assert len(vllm.bodies) == 4
-    assert {one["cache_salt"] for one in vllm.bodies} == {"ours"}
+    salts = {one["cache_salt"] for one in vllm.bodies}
+    assert len(salts) == 4
+    assert all(len(salt) >= 16 for salt in salts - {"ours"})
     assert all(len(one["prompt"]) == 256 for one in vllm.bodies[:-1])
 
 
@@ -105,3 +108,10 @@ def test_another_text_is_an_effect() -> None:
     draw = random.Random(2)
     other = told([{f"token_id:{n}": -float(n) for n in range(9, 14)}])
     assert verdict(other, (base(0.05, draw), base(0.05, draw))) == "at work"
+
+
+def test_one_that_tells_no_probabilities_is_not_taken_for_one_at_work() -> None:
+    assert verdict(None, (None, None)) == "inert"
+    assert (
+        verdict({"top_logprobs": None, "tokens": []}, ({"top_logprobs": None, "tokens": []},) * 2) == "inert"
+    )

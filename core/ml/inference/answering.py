@@ -10,7 +10,7 @@ from core.ml import base_model
 from core.ml.inference.batch.attention import Cache
 from core.ml.inference.batch.lora import Adapter
 from core.ml.inference.sampling import Choice, Sampler, Sampling
-from core.ml.inference.store.adapters import Source
+from core.ml.inference.store.files import Source
 from core.ml.inference.text import TextStream
 
 

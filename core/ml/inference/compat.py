@@ -26,8 +26,8 @@ from core.errors import Conflict
 from core.ml.inference.answering import Answering
 from core.ml.inference.bases import BUILDING
 from core.ml.inference.sampling import Sampler
-from core.ml.inference.store import adapters
-from core.ml.inference.store.adapters import Source
+from core.ml.inference.store import files
+from core.ml.inference.store.files import Source
 
 
 def answer(model: Any, one: Answering, meanwhile: Callable[[], None]) -> None:
@@ -41,11 +41,11 @@ def answer(model: Any, one: Answering, meanwhile: Callable[[], None]) -> None:
     if source is None:
         _write(model, model, one, meanwhile)
         return
-    adapters.see_unchanged(source)
+    files.see_unchanged(source)
     with safe_open(source.folder / "adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
         if _is_inert(file, stored):
-            raise adapters.inert(source)
+            raise files.inert(source)
     with _own_weights_kept(model, stored):
         adapted = _adapted(model, source, stored)
         try:
@@ -99,7 +99,7 @@ def _own_weights_kept(model: Any, stored: set[str]) -> Iterator[None]:
     model: everybody else would read through them from then on."""
     marks = ("base_model.model.", ".base_layer.")
     named = {key.removeprefix(marks[0]).replace(marks[1], ".") for key in stored if marks[1] in key}
-    own = {name: weights for name, weights in model.named_parameters() if name in named}
+    own = {name: weights for name, weights in model.named_parameters(remove_duplicate=False) if name in named}
     kept = {name: weights.detach().clone() for name, weights in own.items()}
     try:
         yield

@@ -23,22 +23,21 @@ from core.ml.catalogue import Catalogue
 from core.ml.inference import bases, compat, memory, sharing
 from core.ml.inference.answering import Answering, Request, Told, device_busy, failed, unavailable
 from core.ml.inference.bases import Base
-from core.ml.inference.batch.lora import Adapter
 from core.ml.inference.batch.model import Batched
 from core.ml.inference.memory import Shared
 from core.ml.inference.sampling import Sampling
 from core.ml.inference.scheduler import Limits, Scheduler
-from core.ml.inference.store import adapters
-from core.ml.inference.store.adapters import Adapters, Source
+from core.ml.inference.store import files
+from core.ml.inference.store.adapters import Adapters
+from core.ml.inference.store.files import Source
 from core.ml.inference.store.prefixes import Prefixes
 from core.ml.inference.text import TextStream
 
 logger = logging.getLogger(__name__)
 
-# How long to look away while nothing is asked, where somebody else may want the device.
-_LOOK_SECONDS = 0.2
-# And while an adapter is being read.
-_ADAPTER_SECONDS = 0.01
+# How long to look away while nothing is asked, where somebody else may want the device; and while an adapter is read.
+_LOOK_SECONDS, _ADAPTER_SECONDS = 0.2, 0.01
+_CLOSED = "it is closed"
 
 
 class Engine:
@@ -61,14 +60,14 @@ class Engine:
         self._bases: dict[str, Base] = {}
         self._looking = threading.Lock()
         self._sources: dict[str, Source] = {}
-        self._adapters = Adapters(self.limits.adapter_bytes, self._read, self._wake)
+        self._adapters = Adapters(self.limits.adapter_bytes, partial(files.read_for, precision), self._wake)
         self._prefixes = Prefixes(self.limits.prefix_bytes)
-        # The base model in memory, whether kept from the fused kernel; its scheduler unless peft has it; whether peft writes.
+        # The base model in memory, whether kept from the fused kernel; its scheduler unless peft has it; what peft writes.
         self._held: str | None = None
         self._model: Any = None
         self._unfused = False
         self._scheduler: Scheduler | None = None
-        self._by_peft = False
+        self._alone: Answering | None = None
         # Guards what follows, and wakes the thread.
         self._changed = threading.Condition()
         self._waiting: list[Answering] = []
@@ -84,7 +83,7 @@ class Engine:
             Conflict: `adapter_mismatch`, its tensors or its base model do not fit.
             FileNotFoundError: a file is missing.
         """
-        self._sources[name] = adapters.look(name, base, folder, self._base(base).layers)
+        self._sources[name] = files.look(name, base, folder, self._base(base).layers)
 
     def _base(self, name: str) -> Base:
         """Looked at once, however many ask at a time."""
@@ -132,16 +131,19 @@ class Engine:
             after = asked[0] if asked else None
             asked.append(Answering(request, ends, text, partial(tell, number), cancelled, after))
         with self._changed:
-            if self.broken is not None:
-                raise unavailable(self.broken)
+            if self.broken is not None or self._closing:
+                raise unavailable(self.broken or _CLOSED)
             sharing.check_queue(self._waiting, len(asked), salt, self.limits.waiting)
             self._waiting += asked
             self._changed.notify()
 
     def close(self, *, wait: bool = True) -> None:
-        """Whoever still waits for an answer is told."""
-        self._closing = True
-        self._wake()
+        """Whoever still waits for an answer is told, at once or, where it is being written, with the next token."""
+        with self._changed:
+            self._closing, left, self._waiting = True, self._waiting, []
+            self._changed.notify()
+        for one in left:
+            one.fail(unavailable(_CLOSED))
         if wait:
             self._thread.join()
 
@@ -150,7 +152,7 @@ class Engine:
         scheduler = self._scheduler
         return {
             "base_model": self._held,
-            "running": int(self._by_peft) + (len(scheduler.running) if scheduler else 0),
+            "running": int(self._alone is not None) + (len(scheduler.running) if scheduler else 0),
             "waiting": len(self._waiting),
             "adapters": len(self._adapters),
         }
@@ -164,7 +166,7 @@ class Engine:
             self._end(f"it broke, and is started anew: {type(error).__name__}: {error}")
             self._broke()
         else:
-            self._end("it is closed")
+            self._end(_CLOSED)
 
     def _end(self, why: str) -> None:
         """Nothing is answered any more, and whoever waits is told."""
@@ -196,6 +198,8 @@ class Engine:
 
     def _look_up(self) -> None:
         """See who does not wait any more, or must not."""
+        if self._closing and self._alone is not None:
+            self._alone.fail(unavailable(_CLOSED))
         with self._changed:
             # Where others want the device, begin nothing new: what is being written is finished, then the memory goes back.
             for one in self._waiting if self._wanted() else ():
@@ -246,7 +250,7 @@ class Engine:
                 self._scheduler.model.close()
                 self._scheduler = None
             self._withdraw(head)
-            head.path, self._by_peft = "compat", True
+            head.path, self._alone = "compat", head
             compat.answer(self._model, head, self._look_up)
         except BaseException as error:
             logger.exception("%s", head.request.base)
@@ -256,10 +260,10 @@ class Engine:
                 # Whatever half of it is in memory must not answer anybody.
                 memory.let_go(error)
                 self._release()
-            if isinstance(error, torch.AcceleratorError):
+            if isinstance(error, torch.AcceleratorError) and not base_model.is_out_of_memory(error):
                 raise  # the device takes nothing more from this process
         finally:
-            self._by_peft = False
+            self._alone = None
 
     def _withdraw(self, one: Answering) -> None:
         with self._changed:
@@ -292,8 +296,3 @@ class Engine:
             torch.cuda.empty_cache()
         if self._shared is not None:
             self._shared.give_back()
-
-    def _read(self, source: Source) -> Adapter:
-        # On a CPU float32 is faster than bfloat16 for so few rows.
-        dtype = self._precision.torch_dtype if torch.cuda.is_available() else torch.float32
-        return adapters.read(source, base_model.device(), dtype)

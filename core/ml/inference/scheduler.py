@@ -72,6 +72,7 @@ class Scheduler:
 
     def admit(self, waiting: list[Answering]) -> None:
         """Begin with those of `waiting` for whom there is room, in their order, and take them off the list."""
+        held: set[str] = set()
         for one in list(waiting):
             if one.most > self.room and not self.running:
                 # Somebody else had the memory when it was measured.
@@ -80,8 +81,11 @@ class Scheduler:
                 waiting.remove(one)
                 one.fail(_too_long(one, self.room, fixed=self.limits.cache_bytes is not None))
                 continue
-            if sharing.is_beyond(one, self.running, self.limits.running, self.room):
-                continue  # others go past it: it waits for its own project
+            salt = one.request.salt
+            if salt in held or sharing.is_beyond(one, self.running, self.limits.running, self.room):
+                # It waits for its own project, in the order of that; others go past it.
+                held.add(salt)
+                continue
             # One that waits for room is not overtaken: small ones would keep it waiting for ever.
             if self._short or len(self.running) >= self.limits.running or one.most > self.free:
                 break

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from core.errors import Conflict
 from core.ml.inference.batch.lora import Adapter, linear_layers
-from core.ml.inference.store import adapters
-from core.ml.inference.store.adapters import Adapters, Source
+from core.ml.inference.store import files
+from core.ml.inference.store.adapters import Adapters
+from core.ml.inference.store.files import Source
 from tests import tiny
 from tests.ml.inference import strong
 
@@ -63,9 +64,9 @@ def test_its_parts_are_those_that_peft_adds(
     base: Path, layers: dict[str, tuple[int, int]], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     folder = strong.adapter(tmp_path / "a", base, 1, **settings)
-    source = adapters.look("a", tiny.NAME, folder, layers)
+    source = files.look("a", tiny.NAME, folder, layers)
     assert not source.apart
-    read = adapters.read(source, torch.device("cpu"), torch.float32)
+    read = files.read(source, torch.device("cpu"), torch.float32)
     adapted = strong.loaded(base, folder).get_base_model()
     parts = {
         name: module.get_delta_weight("default")
@@ -111,10 +112,10 @@ def test_what_has_no_place_is_refused(
 ) -> None:
     folder = copied(tmp_path / "bad", good, change)
     if why is None:
-        assert not adapters.look("bad", tiny.NAME, folder, layers).apart
+        assert not files.look("bad", tiny.NAME, folder, layers).apart
         return
     with pytest.raises(Conflict, match=why) as caught:
-        adapters.look("bad", tiny.NAME, folder, layers)
+        files.look("bad", tiny.NAME, folder, layers)
     assert caught.value.code == "adapter_mismatch"
 
 
@@ -122,11 +123,11 @@ def test_other_weights_under_the_same_files_are_refused(
     base: Path, layers: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
     folder = strong.adapter(tmp_path / "ad", base, 0)
-    source = adapters.look("ad", tiny.NAME, folder, layers)
-    adapters.read(source, torch.device("cpu"), torch.float32)
+    source = files.look("ad", tiny.NAME, folder, layers)
+    files.read(source, torch.device("cpu"), torch.float32)
     strong.adapter(folder, base, 1)  # as many bytes
     with pytest.raises(Conflict, match="not those that were looked at"):
-        adapters.read(source, torch.device("cpu"), torch.float32)
+        files.read(source, torch.device("cpu"), torch.float32)
 
 
 def test_a_broken_file_is_refused(good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path) -> None:
@@ -134,16 +135,16 @@ def test_a_broken_file_is_refused(good: Path, layers: dict[str, tuple[int, int]]
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(Conflict, match="cannot be read"):
-        adapters.look("bad", tiny.NAME, folder, layers)
+        files.look("bad", tiny.NAME, folder, layers)
 
 
 def test_another_base_or_another_kind_is_refused(
     good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
     with pytest.raises(Conflict, match="was trained on tests/tiny, not on tests/other"):
-        adapters.look("a", "tests/other", good, layers)
+        files.look("a", "tests/other", good, layers)
     with pytest.raises(Conflict, match="of the kind LOHA"):
-        adapters.look("a", tiny.NAME, copied(tmp_path / "loha", good, peft_type="LOHA"), layers)
+        files.look("a", tiny.NAME, copied(tmp_path / "loha", good, peft_type="LOHA"), layers)
 
 
 @pytest.mark.parametrize(
@@ -152,16 +153,39 @@ def test_another_base_or_another_kind_is_refused(
         {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
         {"lora_bias": True},
-        {"use_qalora": True},
-        {"layer_replication": [[0, 2], [1, 2]]},
-        {"a_method_of_next_year": {"k": 1}},
     ],
 )
 def test_what_the_batch_cannot_add_is_left_to_peft(
     good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path, setting: dict[str, Any]
 ) -> None:
-    assert adapters.look("a", tiny.NAME, copied(tmp_path / "a", good, **setting), layers).apart
-    assert adapters.look("a", tiny.NAME, good, {}).apart
+    assert files.look("a", tiny.NAME, copied(tmp_path / "a", good, **setting), layers).apart
+    assert files.look("a", tiny.NAME, good, {}).apart
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"kasa_config": {"beta": 0.1}},
+        {"use_qalora": True},
+        {"bias": "all", "use_dora": True},
+        {"bias": "lora_only"},
+    ],
+)
+def test_what_leaves_the_base_changed_or_is_computed_otherwise_is_refused(
+    good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    folder = copied(tmp_path / "a", good, **setting)
+    for known in (layers, {}):
+        with pytest.raises(Conflict, match=f"with {next(iter(setting))}, which") as caught:
+            files.look("a", tiny.NAME, folder, known)
+        assert "Merge" in str(caught.value.hint)
+
+
+def test_keys_of_other_trainers_mean_nothing(
+    good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    assert not files.look("a", tiny.NAME, copied(tmp_path / "a", good, lorap_emb_lr=1e-6), layers).apart
 
 
 @pytest.mark.parametrize("setting", [{"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"}])
@@ -171,7 +195,7 @@ def test_one_that_belongs_to_a_changed_base_is_refused(
     folder = copied(tmp_path / "a", good, **setting)
     for known in (layers, {}):
         with pytest.raises(Conflict, match="has changed") as caught:
-            adapters.look("a", tiny.NAME, folder, known)
+            files.look("a", tiny.NAME, folder, known)
         assert "path_initial_model_for_weight_conversion" in str(caught.value.hint)
 
 
@@ -179,18 +203,18 @@ def test_one_without_a_scale_is_refused(
     good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
     with pytest.raises(Conflict, match="no lora_alpha"):
-        adapters.look("a", tiny.NAME, copied(tmp_path / "a", good, lora_alpha=None), layers)
+        files.look("a", tiny.NAME, copied(tmp_path / "a", good, lora_alpha=None), layers)
 
 
 def test_the_digest_is_that_of_weights_and_configuration(
     good: Path, layers: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
-    first = adapters.look("a", tiny.NAME, good, layers)
-    alpha = adapters.look("a", tiny.NAME, copied(tmp_path / "alpha", good, lora_alpha=99), layers)
+    first = files.look("a", tiny.NAME, good, layers)
+    alpha = files.look("a", tiny.NAME, copied(tmp_path / "alpha", good, lora_alpha=99), layers)
     doubled = copied(
         tmp_path / "w", good, lambda tensors: {key: tensor * 2 for key, tensor in tensors.items()}
     )
-    weights = adapters.look("a", tiny.NAME, doubled, layers)
+    weights = files.look("a", tiny.NAME, doubled, layers)
     assert len({first.digest, alpha.digest, weights.digest}) == 3
 
 

@@ -17,8 +17,9 @@ from core.ml.inference.batch.lora import linear_layers
 from core.ml.inference.batch.model import ARCHITECTURES, Batched, Row, supported
 from core.ml.inference.sampling import Sampling
 from core.ml.inference.scheduler import Limits, Scheduler
-from core.ml.inference.store import adapters
-from core.ml.inference.store.adapters import Adapters, Source
+from core.ml.inference.store import files
+from core.ml.inference.store.adapters import Adapters
+from core.ml.inference.store.files import Source
 from core.ml.inference.store.prefixes import Prefixes
 from core.ml.inference.text import TextStream
 from tests import tiny
@@ -48,7 +49,7 @@ class Case:
         ]
         layers = linear_layers(strong.loaded(self.base))
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-        self.sources = [None, *(adapters.look(one.name, tiny.NAME, one, shapes) for one in folders)]
+        self.sources = [None, *(files.look(one.name, tiny.NAME, one, shapes) for one in folders)]
         self.alone = {
             (who, place): strong.alone(model, asked, NEW, [END])
             for who, model in enumerate(
@@ -60,8 +61,8 @@ class Case:
     def scheduler(self, step_tokens: int, room: int = 400, prefix_bytes: int = 0) -> Scheduler:
         model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
 
-        def read(source: Source) -> adapters.Adapter:
-            return adapters.read(source, torch.device("cpu"), torch.float32)
+        def read(source: Source) -> files.Adapter:
+            return files.read(source, torch.device("cpu"), torch.float32)
 
         kept = Adapters(2**30, read, lambda: None)
         batched = Batched(model)
@@ -168,6 +169,9 @@ def test_too_little_memory_for_one_more_has_it_wait(llama: Case, monkeypatch: py
     waiting.append(second)
     with monkeypatch.context() as patch:
         patch.setattr(scheduler.model, "cache", full)
+        while not tried:  # its adapter is being read
+            scheduler.admit(waiting)
+            time.sleep(0.01)
         for _ in range(50):
             scheduler.admit(waiting)
         assert waiting == [second]

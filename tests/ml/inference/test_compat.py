@@ -1,6 +1,8 @@
 """What peft serves, one request at a time: it answers as peft alone, and nothing of it reaches the next request."""
 
+import copy
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +151,15 @@ def changed(folder: Path, change: Any) -> None:
     save_file({key: change(key, one) for key, one in load_file(file).items()}, file)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_layers_that_an_adapter_brings_along_do_not_stay(
-    engine: Engine, base: Path, tmp_path: Path, target: str
+    make_engine: MakeEngine, tmp_path: Path, target: str, tied: bool
 ) -> None:
+    config = copy.deepcopy(strong.CONFIGURATIONS["llama"])
+    config.tie_word_embeddings = tied
+    base = strong.model(tmp_path / "base", config)
+    engine = make_engine(catalogue=Catalogue(tmp_path / "models", {tiny.NAME: str(base)}, allow_hub=False))
     folder = strong.adapter(tmp_path / "ad", base, 3, target_modules=[target, "q_proj"])
     noise = torch.Generator().manual_seed(0)
     changed(
@@ -160,9 +167,13 @@ def test_layers_that_an_adapter_brings_along_do_not_stay(
         lambda key, one: one + torch.randn(one.shape, generator=noise) * ("base_layer" in key),
     )
     engine.register("other", tiny.NAME, folder)
-    before = greedy(base)
-    assert ask(engine, "other", PROMPT, Sampling(12)).wait().tokens == greedy(base, folder) != before
-    assert ask(engine, tiny.NAME, PROMPT, Sampling(12)).wait().tokens == before
+
+    def logits() -> list[dict[int, float]]:
+        return [one.top for one in ask(engine, tiny.NAME, PROMPT, Sampling(12, logprobs=20)).wait().choices]
+
+    before = logits()
+    assert ask(engine, "other", PROMPT, Sampling(12)).wait().tokens == greedy(base, folder)
+    assert logits() == before
 
 
 def test_one_that_changes_nothing_is_refused(engine: Engine, base: Path, tmp_path: Path) -> None:
@@ -190,3 +201,21 @@ def test_no_hub_is_asked(engine: Engine, base: Path, tmp_path: Path, monkeypatch
     engine.register("dora", tiny.NAME, strong.adapter(tmp_path / "ad", base, 3, use_dora=True))
     assert ask(engine, "dora", PROMPT, Sampling(2)).wait().tokens
     assert asked == []
+
+
+def test_who_is_written_for_by_peft_is_told_when_the_engine_is_closed(
+    engine: Engine, base: Path, tmp_path: Path
+) -> None:
+    engine.register("dora", tiny.NAME, strong.adapter(tmp_path / "ad", base, 3, use_dora=True))
+    writing = ask(engine, "dora", PROMPT, Sampling(900, logit_bias=NEVER))
+    assert writing.first.wait(30)
+    waiting = ask(engine, tiny.NAME, PROMPT, Sampling(3))
+    began = time.monotonic()
+    engine.close(wait=False)
+    for heard in (waiting, writing):
+        with pytest.raises(GraftError, match="it is closed"):
+            heard.wait()
+    assert time.monotonic() - began < 2
+    assert len(writing.tokens) < 900
+    with pytest.raises(GraftError, match="it is closed"):
+        ask(engine, tiny.NAME, PROMPT, Sampling(3))

@@ -356,6 +356,26 @@ def test_an_engine_that_can_do_nothing_more_says_so(make_engine: MakeEngine) -> 
     assert (caught.value.code, caught.value.status) == ("engine_unavailable", 503)
 
 
+def test_who_waits_for_the_model_is_told_when_it_is_closed(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, go_on = base_model.load, threading.Event()
+
+    def slow(*asked: Any) -> Any:
+        assert go_on.wait(30)
+        return load(*asked)
+
+    monkeypatch.setattr(base_model, "load", slow)
+    engine = make_engine()
+    heard = [ask(engine, tiny.NAME, PROMPT, Sampling(3)) for _ in range(2)]
+    engine.close(wait=False)
+    for one in heard:
+        assert one.over.wait(5)
+        assert one.error is not None
+        assert one.error.code == "engine_unavailable"
+    go_on.set()
+
+
 def test_idle_it_gives_its_memory_back(make_engine: MakeEngine) -> None:
     engine = make_engine(Limits(idle_seconds=0.2))
     ask(engine, tiny.NAME, PROMPT, Sampling(3)).wait()
@@ -477,9 +497,10 @@ def test_those_who_ask_again_and_again_do_not_keep_the_device(models: Catalogue)
             device.wants, until = True, time.monotonic() + 5
             while device.held and time.monotonic() < until:
                 time.sleep(0.01)
+            given_back = not device.held
             stop.set()
             list(asking)
-        assert not device.held
+        assert given_back
     finally:
         engine.close()
 

@@ -1,6 +1,8 @@
 """That one project leaves room for another's next request."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,7 +15,8 @@ from tests.ml.inference.asking import ask
 from tests.ml.inference.conftest import MakeEngine
 
 PROMPT = strong.prompt(20)
-LONG = Sampling(900, logit_bias={2: -100.0})
+NEVER = {2: -100.0}
+LONG = Sampling(900, logit_bias=NEVER)
 # Of the tiny model: keys and values of two layers with two heads of 16, as float32.
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
 
@@ -55,3 +58,20 @@ def test_a_project_leaves_places_to_wait(make_engine: MakeEngine) -> None:
         ask(engine, tiny.NAME, PROMPT, Sampling(3), salt="third")
     gone.set()
     assert all(one.over.wait(30) for one in [first, *waiting])
+
+
+def test_small_ones_of_a_project_do_not_keep_its_large_one_waiting(make_engine: MakeEngine) -> None:
+    engine, stop = make_engine(Limits(cache_bytes=1000 * TOKEN_BYTES)), threading.Event()
+
+    def small(number: int) -> None:
+        while not stop.is_set():
+            ask(engine, tiny.NAME, PROMPT, Sampling(20 + 17 * number, logit_bias=NEVER), salt="one").wait()
+
+    with ThreadPoolExecutor(4) as together:
+        asking = together.map(small, range(4))
+        time.sleep(0.3)
+        large = ask(engine, tiny.NAME, PROMPT, Sampling(700, logit_bias=NEVER), salt="one")
+        began = large.first.wait(20)
+        stop.set()
+        list(asking)
+    assert began

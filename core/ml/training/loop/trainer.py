@@ -27,6 +27,9 @@ class Trainer(SFTTrainer):
     _step_loss = 0.0
     _skipped = False
 
+    def _send_telemetry(self) -> None:
+        """Nobody is told: trl tells the hub of every training otherwise."""
+
     def loss_on(self, examples: Sequence[LabelledIds]) -> float:
         """The mean loss of the trained tokens of these rows; in no log, and of no account for the best step."""
         evened = ranks.evened(list(examples), self.args.eval_batch_size)

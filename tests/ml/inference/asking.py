@@ -1,6 +1,7 @@
 """Ask an engine and wait for all of the answer."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -80,3 +81,19 @@ def asked(
         salt,
     )
     return heard
+
+
+def reason(heard: Heard) -> str:
+    finish = heard.wait().finish
+    assert finish is not None
+    return finish.reason
+
+
+def idle(engine: Engine) -> bool:
+    """Whether it comes to have nothing to do."""
+    for _ in range(1_000):
+        state = engine.state()
+        if not state["running"] and not state["waiting"]:
+            return True
+        time.sleep(0.005)
+    return False

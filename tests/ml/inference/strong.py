@@ -99,6 +99,11 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [numbers.randrange(3, 320) for _ in range(length)]
 
 
+PROMPT = prompt(20)
+# A bias by which an answer does not end by itself.
+NEVER = {2: -100.0}
+
+
 def alone(model: Any, asked: list[int], count: int, ends: Sequence[int]) -> list[int]:
     """What generate answers to one request, the most likely token each time."""
     model.generation_config = GenerationConfig()
@@ -117,3 +122,7 @@ def alone(model: Any, asked: list[int], count: int, ends: Sequence[int]) -> list
 def loaded(base: Path, adapted: Path | None = None) -> Any:
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     return plain if adapted is None else PeftModel.from_pretrained(plain, str(adapted)).eval()
+
+
+def greedy(base: Path, folder: Path | None = None, prompt: list[int] = PROMPT, count: int = 12) -> list[int]:
+    return alone(loaded(base, folder), prompt, count, [2])

@@ -20,9 +20,9 @@ from core.ml.inference.sampling import Sampling
 from core.ml.inference.scheduler import Limits
 from tests import tiny
 from tests.ml.inference import strong
-from tests.ml.inference.asking import ask
+from tests.ml.inference.asking import ask, reason
 from tests.ml.inference.conftest import MakeEngine
-from tests.ml.inference.test_engine import NEVER, PROMPT, greedy, reason
+from tests.ml.inference.strong import NEVER, PROMPT, greedy
 
 # One that the batch does not read.
 NEOX = GPTNeoXConfig(
@@ -111,7 +111,7 @@ def test_who_waits_for_one_alone_may_hang_up(make_engine: MakeEngine, base: Path
     engine = make_engine(Limits(waiting=8))
     engine.register("dora", tiny.NAME, strong.adapter(tmp_path / "ad", base, 3, use_dora=True))
     stop, gone = threading.Event(), threading.Event()
-    long = ask(engine, "dora", PROMPT, Sampling(900, logit_bias={2: -100.0}), stop.is_set)
+    long = ask(engine, "dora", PROMPT, Sampling(900, logit_bias=NEVER), stop.is_set)
     assert long.first.wait(60)
     assert engine.state()["running"] == 1
     ghosts = [ask(engine, tiny.NAME, PROMPT, Sampling(4), gone.is_set) for _ in range(8)]

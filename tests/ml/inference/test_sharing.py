@@ -10,12 +10,10 @@ from core.errors import GraftError
 from core.ml.inference.sampling import Sampling
 from core.ml.inference.scheduler import Limits
 from tests import tiny
-from tests.ml.inference import strong
 from tests.ml.inference.asking import ask
 from tests.ml.inference.conftest import MakeEngine
+from tests.ml.inference.strong import NEVER, PROMPT
 
-PROMPT = strong.prompt(20)
-NEVER = {2: -100.0}
 LONG = Sampling(900, logit_bias=NEVER)
 # Of the tiny model: keys and values of two layers with two heads of 16, as float32.
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4

@@ -83,7 +83,7 @@ def render(error: GraftError, headers: dict[str, str] | None = None) -> JSONResp
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     if error.status in LATER:
-        headers.setdefault("retry-after", "5")
+        headers.setdefault("retry-after", str(error.retry_after or 5))
     return JSONResponse({"error": body(error)}, error.status, headers)
 
 
@@ -143,9 +143,10 @@ def _database_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 def unexpected(error: Exception) -> GraftError:
-    """What a client is told of an error that nobody foresaw."""
+    """What a client is told of an error; the log is told more of one that nobody foresaw."""
     if isinstance(error, GraftError):
         return error
+    logger.error("unexpected error", exc_info=error)
     return GraftError(
         "internal_error", "Something went wrong inside Graft; the log has the details under this request id."
     )

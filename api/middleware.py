@@ -53,7 +53,6 @@ class RequestId:
         except Exception as error:
             if started_response:
                 raise
-            logger.exception("unexpected error")
             await render(unexpected(error))(scope, receive, with_id)
         finally:
             log.request_id.reset(token)

@@ -32,7 +32,9 @@ class GraftError(Exception):
         hint: str | None = None,
         errors: list[dict[str, Any]] | None = None,
         error_count: int | None = None,
+        retry_after: int | None = None,
     ) -> None:
+        """`retry_after`: seconds, where they are known."""
         super().__init__(message)
         self.code = code
         self.message = message
@@ -41,6 +43,7 @@ class GraftError(Exception):
         self.hint = hint
         self.errors = errors
         self.error_count = error_count
+        self.retry_after = retry_after
 
     def within(self, where: str) -> "GraftError":
         """The same error, its message beginning with where it was met."""

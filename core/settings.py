@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AnyHttpUrl,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from core.errors import GraftError, nearest
@@ -109,6 +117,21 @@ class Settings(BaseSettings):
         if "://" in url:
             raise ValueError("must be a folder or s3://bucket/prefix")
         return str(Path(url).expanduser().resolve())
+
+    @field_validator("engine_url")
+    @classmethod
+    def _address(cls, url: str) -> str:
+        TypeAdapter(AnyHttpUrl).validate_python(url)
+        return url
+
+    @field_validator("engine_key")
+    @classmethod
+    def _sendable(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not (
+            key.get_secret_value().isascii() and key.get_secret_value().isprintable()
+        ):
+            raise ValueError("must be printable ASCII: it is sent in a header")
+        return key
 
     @field_validator("engine_bits")
     @classmethod

@@ -1,29 +1,30 @@
 """Whether an adapter is at work, by the log probabilities that an engine tells with it and without."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations, product
 from typing import Any, Literal
 
-# Engines that batch tell other last digits each time: an adapter has to change more than that.
+# Engines that batch tell other last digits at times, of some answers and not of others: an adapter has to change more.
 _CLEARLY = 2.0
 
 Verdict = Literal["at work", "inert", "unclear"]
+Told = Mapping[str, Any] | None
 
 
-def verdict(adapter: Mapping[str, Any] | None, bases: Sequence[Mapping[str, Any] | None]) -> Verdict:
-    """`adapter` and the two of `bases`: the `logprobs` of the same greedy completion, in the form of OpenAI's completions.
+def verdict(adapter: Sequence[Told], base: Sequence[Told]) -> Verdict:
+    """`adapter`, `base`: the `logprobs` of the same greedy completion, several of each, in the form of OpenAI's completions.
 
-    "inert" is said where its numbers are those of the base model, "unclear" where the adapter differs no more than twice as much
-    from the base model as that does from itself.
+    "inert" is said where one of the adapter's is one of the base model's, "unclear" where they differ no more than twice
+    as much from each other as those of one of them do among themselves.
     """
-    one, other = bases
-    noise = _distance(one, other)
-    effect = min(_distance(adapter, one), _distance(adapter, other))
+    effect = min(_distance(*pair) for pair in product(adapter, base))
     if effect == 0:
         return "inert"
+    noise = max(_distance(*pair) for told in (adapter, base) for pair in combinations(told, 2))
     return "at work" if effect > _CLEARLY * noise else "unclear"
 
 
-def _distance(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> float:
+def _distance(one: Told, other: Told) -> float:
     """The mean difference of the likeliest tokens' log probabilities, as far as both continue the same text; infinite where
     no token is among the likeliest of both."""
     apart: list[float] = []
@@ -37,5 +38,11 @@ def _distance(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) ->
     return sum(apart) / max(len(apart), 1)
 
 
-def _tops(told: Mapping[str, Any] | None) -> list[dict[str, float]]:
-    return (told or {}).get("top_logprobs") or []
+def _tops(told: Told) -> list[dict[str, float]]:
+    """Up to the first place of which nothing is told."""
+    tops: list[dict[str, float]] = []
+    for top in (told or {}).get("top_logprobs") or []:
+        if not top:
+            break
+        tops.append(top)
+    return tops

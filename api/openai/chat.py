@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from ulid import ULID
 
 from api.deps import CallerDep, Services, ServicesDep
+from api.engine.answers import Answer, Choice
 from api.openai import wire
 from api.openai.logprobs import of_chat
 from api.openai.schemas import ChatRequest
@@ -50,7 +51,7 @@ async def chat(
         {
             **wire.head("chat.completion", identity, served.name),
             "choices": choices,
-            "usage": wire.usage(answer),
+            "usage": wire.usage(answer.get("usage")),
             "served_by": answer.get("served_by"),
         }
     )
@@ -68,7 +69,7 @@ def _prepare(body: ChatRequest, services: Services, project_id: str) -> tuple[Se
     return served, ids, new
 
 
-def _choice(body: ChatRequest, served: Served, choice: dict[str, Any]) -> dict[str, Any]:
+def _choice(body: ChatRequest, served: Served, choice: Choice) -> dict[str, Any]:
     text, calls = choice["text"], []
     if body.shown_tools:
         found = WrittenCalls()
@@ -84,13 +85,13 @@ def _choice(body: ChatRequest, served: Served, choice: dict[str, Any]) -> dict[s
     return {
         "index": choice["index"],
         "message": message,
-        "finish_reason": _reason(choice["finish_reason"], bool(calls)),
+        "finish_reason": _reason(choice.get("finish_reason"), bool(calls)),
         "logprobs": of_chat(served.contract.tokenizer, choice.get("logprobs")),
     }
 
 
 async def _chunks(
-    body: ChatRequest, served: Served, head: dict[str, Any], told: AsyncIterator[dict[str, Any]]
+    body: ChatRequest, served: Served, head: dict[str, Any], told: AsyncIterator[Answer]
 ) -> AsyncIterator[dict[str, Any]]:
     usage = {"usage": None} if body.wants_usage else {}
 
@@ -103,12 +104,12 @@ async def _chunks(
     written = [_Written(bool(body.shown_tools)) for _ in range(body.n or 1)]
     for index in range(len(written)):
         yield chunk(index, {"role": "assistant", "content": ""})
-    last: dict[str, Any] = {}
+    last: Answer = {"choices": []}
     async for part in told:
         last = part if part.get("usage") else last
         for choice in part["choices"]:
             index, reason = choice["index"], choice.get("finish_reason")
-            delta = written[index].delta(choice.get("text") or "", last=reason is not None)
+            delta = written[index].delta(choice["text"], last=reason is not None)
             logprobs = of_chat(served.contract.tokenizer, choice.get("logprobs"))
             if delta or (logprobs and logprobs["content"]):
                 yield chunk(index, delta, logprobs=logprobs)
@@ -116,7 +117,12 @@ async def _chunks(
                 ending = chunk(index, {}, _reason(reason, bool(written[index].told)))
                 yield ending | wire.served_by(part)
     if body.wants_usage:
-        yield {**head, "choices": [], "usage": wire.usage(last), "served_by": last.get("served_by")}
+        yield {
+            **head,
+            "choices": [],
+            "usage": wire.usage(last.get("usage")),
+            "served_by": last.get("served_by"),
+        }
 
 
 class _Written:
@@ -144,5 +150,5 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     return {"id": f"call_{ULID()}", "type": "function", "function": function}
 
 
-def _reason(reason: str, called: bool) -> str:
+def _reason(reason: str | None, called: bool) -> str | None:
     return "tool_calls" if called and reason == "stop" else reason

@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from ulid import ULID
 
 from api.deps import CallerDep, Services, ServicesDep
+from api.engine.answers import Answer, Choice
 from api.openai import wire
 from api.openai.logprobs import OfCompletion
 from api.openai.schemas import CompletionRequest
@@ -38,7 +39,7 @@ async def completions(
         told = await while_listening(request, services.engine.stream(served.target, prompts[0], asked))
         return event_stream(told, wire.events(_chunks(body, served, head, told)))
 
-    async def one(ids: list[int]) -> dict[str, Any]:
+    async def one(ids: list[int]) -> Answer:
         return await services.engine.complete(served.target, ids, asked)
 
     answers = await while_listening(request, asking.side_by_side(one, prompts))
@@ -49,7 +50,8 @@ async def completions(
 
     # The log probabilities of a long answer take time that the streams of others must not wait for.
     choices = await run_in_threadpool(read) if body.logprobs is not None else read()
-    usage, served_by = wire.usage(*answers), answers[0].get("served_by")
+    usage = wire.usage(*(answer.get("usage") for answer in answers))
+    served_by = answers[0].get("served_by")
     return JSONResponse({**head, "choices": choices, "usage": usage, "served_by": served_by})
 
 
@@ -65,10 +67,10 @@ def _prepare(body: CompletionRequest, services: Services, project_id: str) -> tu
 
 
 async def _chunks(
-    body: CompletionRequest, served: Served, head: dict[str, Any], told: AsyncIterator[dict[str, Any]]
+    body: CompletionRequest, served: Served, head: dict[str, Any], told: AsyncIterator[Answer]
 ) -> AsyncIterator[dict[str, Any]]:
     usage = {"usage": None} if body.wants_usage else {}
-    last: dict[str, Any] = {}
+    last: Answer = {"choices": []}
     written = [_Written(body, served) for _ in range(body.n or 1)]
     async for part in told:
         last = part if part.get("usage") else last
@@ -77,7 +79,12 @@ async def _chunks(
             ending = wire.served_by(part) if choice.get("finish_reason") else {}
             yield {**head, "choices": [written[index].choice(choice, index)], **usage, **ending}
     if body.wants_usage:
-        yield {**head, "choices": [], "usage": wire.usage(last), "served_by": last.get("served_by")}
+        yield {
+            **head,
+            "choices": [],
+            "usage": wire.usage(last.get("usage")),
+            "served_by": last.get("served_by"),
+        }
 
 
 class _Written:
@@ -87,7 +94,7 @@ class _Written:
         self._logprobs = OfCompletion(served.contract.tokenizer) if body.logprobs is not None else None
         self._length = 0
 
-    def choice(self, told: dict[str, Any], index: int) -> dict[str, Any]:
+    def choice(self, told: Choice, index: int) -> dict[str, Any]:
         self._length += len(told["text"])
         return {
             "index": index,

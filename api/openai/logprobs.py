@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
+from api.engine.answers import Logprobs
 from core.ml import tokens
 
 Json = dict[str, Any]
 
 
-def of_chat(tokenizer: Any, told: Json | None) -> Json | None:
+def of_chat(tokenizer: Any, told: Logprobs | None) -> Json | None:
     if told is None:
         return None
     read = _reader(tokenizer)
@@ -39,7 +40,7 @@ class OfCompletion:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at = 0
 
-    def told(self, told: Json | None, end: int) -> Json | None:
+    def told(self, told: Logprobs | None, end: int) -> Json | None:
         """Of the next tokens; `end`: where the text ends that is there with them."""
         if told is None:
             return None
@@ -72,9 +73,9 @@ class OfCompletion:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def _each(told: Json) -> Iterator[tuple[str, float, Json]]:
+def _each(told: Logprobs) -> Iterator[tuple[str, float, Json]]:
     """The tokens with their likeliest, of which engines say null where they were asked for none."""
-    tops = told["top_logprobs"] or [None] * len(told["tokens"])
+    tops = told.get("top_logprobs") or [None] * len(told["tokens"])
     return zip(told["tokens"], told["token_logprobs"], (top or {} for top in tops), strict=True)
 
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from api import errors
+from api.engine.answers import Answer, Usage
 from api.serving import asking
-from core.errors import GraftError
 
 Json = dict[str, Any]
 
@@ -23,19 +23,18 @@ def head(kind: str, identity: str, model: str) -> Json:
     }
 
 
-def usage(*answers: Json) -> Json:
+def usage(*counted: Usage | None) -> Json:
     """The sum of what engines counted."""
-    counted = asking.counts(*answers)
-    details = [(answer.get("usage") or {}).get("prompt_tokens_details") or {} for answer in answers]
-    known = sum(one.get("cached_tokens") or 0 for one in details)
+    counts = asking.counts(*counted)
+    details = [(one and one.get("prompt_tokens_details")) or {} for one in counted]
     return {
-        **counted,
-        "total_tokens": sum(counted.values()),
-        "prompt_tokens_details": {"cached_tokens": known},
+        **counts,
+        "total_tokens": sum(counts.values()),
+        "prompt_tokens_details": {"cached_tokens": sum(one.get("cached_tokens") or 0 for one in details)},
     }
 
 
-def served_by(part: Json) -> Json:
+def served_by(part: Answer) -> Json:
     """For the last chunk of an output: how it was answered, where the engine says it."""
     return {"served_by": part["served_by"]} if part.get("served_by") else {}
 
@@ -45,7 +44,7 @@ async def events(chunks: AsyncIterator[Json]) -> AsyncIterator[str]:
     try:
         async for chunk in chunks:
             yield f"data: {json.dumps(chunk)}\n\n"
-    except GraftError as error:
-        yield f"data: {json.dumps({'error': errors.body(error)})}\n\n"
+    except Exception as error:  # noqa: BLE001 - a stream that only ends looks like a whole answer
+        yield f"data: {json.dumps({'error': errors.body(errors.unexpected(error))})}\n\n"
         return
     yield "data: [DONE]\n\n"

@@ -10,6 +10,7 @@ from ulid import ULID
 
 from api import errors
 from api.deps import CallerDep, Services, ServicesDep
+from api.engine.answers import Answer
 from api.requests import StrictRoute
 from api.schemas.generate import (
     Compared,
@@ -47,7 +48,7 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
         adapter_id=served.adapter_id,
         served_by=answer.get("served_by"),
         outputs=outputs,
-        usage=asking.counts(answer),
+        usage=asking.counts(answer.get("usage")),
     )
 
 
@@ -68,7 +69,7 @@ async def compare(
             return error
         choice = answer["choices"][0]
         told = {"text": choice["text"], "finish_reason": choice["finish_reason"]}
-        return {**told, "usage": asking.counts(answer), "served_by": answer.get("served_by")}
+        return {**told, "usage": asking.counts(answer.get("usage")), "served_by": answer.get("served_by")}
 
     said = await while_listening(request, asking.side_by_side(one, found))
     failed = [told for told in said if isinstance(told, GraftError)]
@@ -118,19 +119,19 @@ def _tokens(body: Prompted, served: Served) -> list[int]:
     return ids
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]], served: Served) -> AsyncIterator[str]:
+async def _events(chunks: AsyncIterator[Answer], served: Served) -> AsyncIterator[str]:
     """`token` events and one `done`; an error in the middle is an `error` event."""
     finish_reason, usage, served_by = None, None, None
     try:
         async for chunk in chunks:
             for choice in chunk["choices"]:
                 finish_reason = choice.get("finish_reason") or finish_reason
-                if choice.get("text"):
+                if choice["text"]:
                     yield _event("token", {"text": choice["text"]})
             usage = chunk.get("usage") or usage
             served_by = chunk.get("served_by") or served_by
-    except GraftError as error:
-        yield _event("error", {"error": errors.body(error)})
+    except Exception as error:  # noqa: BLE001 - a stream that only ends looks like a whole answer
+        yield _event("error", {"error": errors.body(errors.unexpected(error))})
         return
     yield _event(
         "done",
@@ -140,7 +141,7 @@ async def _events(chunks: AsyncIterator[dict[str, Any]], served: Served) -> Asyn
             "adapter_id": served.adapter_id,
             "served_by": served_by,
             "finish_reason": finish_reason,
-            "usage": asking.counts({"usage": usage}),
+            "usage": asking.counts(usage),
         },
     )
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
+from api.engine.answers import Usage
 from api.serving.models import Served
 
 Question = TypeVar("Question")
@@ -49,7 +50,10 @@ async def side_by_side(
             task.cancel()
 
 
-def counts(*answers: dict[str, Any]) -> dict[str, int]:
-    """How many tokens were read and written for all of them."""
-    counted = [answer.get("usage") or {} for answer in answers]
-    return {name: sum(one.get(name, 0) for one in counted) for name in ("prompt_tokens", "completion_tokens")}
+def counts(*counted: Usage | None) -> dict[str, int]:
+    """How many tokens were read and written for all of them, as engines counted."""
+    known = [usage for usage in counted if usage]
+    return {
+        "prompt_tokens": sum(usage.get("prompt_tokens", 0) for usage in known),
+        "completion_tokens": sum(usage.get("completion_tokens", 0) for usage in known),
+    }

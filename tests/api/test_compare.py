@@ -10,6 +10,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.engine import answers
 from tests import tiny
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.serving.vllm import Vllm
@@ -20,8 +21,8 @@ OTHER = "tests/other"
 
 
 class Watched(Vllm):
-    """`refuses` some models with a status; `most` questions were there at once; when it `breaks`, the first answer is none
-    that can be read, the others never come, and `left` counts those that hung up."""
+    """`refuses` some models with a status; `most` questions were there at once; when it `breaks`, the first answer comes
+    and the others never do, and `left` counts those that hung up."""
 
     def __init__(self) -> None:
         super().__init__(tiny.NAME)
@@ -109,7 +110,13 @@ def test_one_request_asks_the_engine_four_questions_at_once(
     assert (engine.asked, engine.most) == (9, 4)
 
 
-def test_what_nobody_foresaw_ends_the_questions_to_the_others(watched: Api, engine: Watched) -> None:
+def test_what_nobody_foresaw_ends_the_questions_to_the_others(
+    watched: Api, engine: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unforeseen(*_: Any) -> Any:
+        raise RuntimeError("nobody foresaw it")
+
+    monkeypatch.setattr(answers, "whole", unforeseen)
     engine.breaks = True
     refused(compare(watched, *["base"] * 6), 500, "internal_error")
     deadline = time.monotonic() + 3

@@ -112,6 +112,19 @@ def test_unsafe_values_are_refused(wrong: dict[str, object]) -> None:
     assert caught.value.code == "invalid_settings"
 
 
+@pytest.mark.parametrize("url", ["localhost:8100", "http://", "ftp://x", "http://x:99999", "http://a b", "x"])
+def test_an_address_that_cannot_be_asked_is_refused(url: str) -> None:
+    with pytest.raises(GraftError, match="GRAFT_ENGINE_URL"):
+        settings.load(engine_url=url)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "ключ"])
+def test_a_key_that_cannot_be_sent_is_refused(key: str) -> None:
+    with pytest.raises(GraftError, match="GRAFT_ENGINE_KEY") as caught:
+        settings.load(engine_key=key)
+    assert key not in caught.value.message
+
+
 def test_settings_cannot_be_changed_and_do_not_show_secrets() -> None:
     made = Settings(broker_url="redis://:hunter2@localhost/0", admin_key="gr_0123456789ab_" + "s" * 24)
     with pytest.raises(ValueError, match="frozen"):

@@ -101,6 +101,8 @@ class Vllm:
         name = body["model"]
         if name != self.served_name and name not in self._adapters:
             return _error(f"The model `{name}` does not exist.", "NotFoundError", 404)
+        if body.get("n", 1) > 1 and body.get("temperature") == 0:
+            return _error("n must be 1 when using greedy sampling", "BadRequestError", 400)
         effect = self._adapters.get(name, "")
         tokens = self._tokens(effect, body["prompt"], body["max_tokens"])
         head = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": name}

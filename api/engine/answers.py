@@ -4,7 +4,7 @@ import json
 import math
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from api.engine import refusals
@@ -21,14 +21,13 @@ def _number(value: float) -> float:
 
 
 _Logprob = Annotated[float, AfterValidator(_number)]
-_Token = Annotated[str, Field(pattern=r"^token_id:\d{1,9}$")]
 _Count = Annotated[int, Field(ge=0)]
 
 
 class Logprobs(TypedDict):
-    tokens: list[_Token]
+    tokens: list[str]
     token_logprobs: list[_Logprob]
-    top_logprobs: NotRequired[list[dict[_Token, _Logprob] | None] | None]
+    top_logprobs: NotRequired[list[dict[str, _Logprob] | None] | None]
 
 
 def _as_long(told: Logprobs | None) -> Logprobs | None:
@@ -42,7 +41,10 @@ def _as_long(told: Logprobs | None) -> Logprobs | None:
 class Choice(TypedDict):
     index: _Count
     text: str
-    finish_reason: NotRequired[Literal["stop", "length"] | None]
+    # Some say "" where it goes on.
+    finish_reason: NotRequired[
+        Annotated[Literal["stop", "length"] | None, BeforeValidator(lambda said: said or None)]
+    ]
     logprobs: NotRequired[Annotated[Logprobs | None, AfterValidator(_as_long)]]
 
 

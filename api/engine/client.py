@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _PROBE_TOKENS = 8
 # has to meet every time with it and none without to look like an effect.
 _PROBES = 3
 _TRIES = 2
+# vLLM's words, and SGLang's.
+_LOADED = re.compile("already (been )?loaded")
 _BROKEN_OFF = "The inference engine broke off in the middle of the answer."
 
 
@@ -183,7 +186,7 @@ class Engine:
             async with asyncio.timeout(self._longest):
                 response = await self._post("/v1/load_lora_adapter", asked)
                 text = (await _body(response)).decode(errors="replace")
-                if not response.ok and "already been loaded" not in text:
+                if not response.ok and not _LOADED.search(text):
                     raise refusals.not_loaded(target.name, response.status, text, _retry_after(response))
                 answering = None if _vouched_for(text) else await self._probe(target, body)
         except TimeoutError as error:

@@ -1,14 +1,18 @@
 """Log probabilities as OpenAI's clients read them, from an engine's, whose tokens are named `token_id:…`."""
 
 import codecs
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
+from api.engine import refusals
 from api.engine.answers import Logprobs
 from core.ml import tokens
 
 Json = dict[str, Any]
+
+_NAMED = re.compile(r"token_id:\d{1,9}", re.ASCII)
 
 
 def of_chat(tokenizer: Any, told: Logprobs | None) -> Json | None:
@@ -85,4 +89,7 @@ def _reader(tokenizer: Any) -> Callable[[str], tuple[str, bytes]]:
 
 
 def _id(name: str) -> int:
+    """Raises GraftError `engine_error`: the engine does not name tokens by their ids."""
+    if not _NAMED.fullmatch(name):
+        raise refusals.no_completion("the tokens of its log probabilities are not named by their ids")
     return int(name.removeprefix("token_id:"))

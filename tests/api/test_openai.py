@@ -13,9 +13,11 @@ from openai.resources.completions import Completions
 from openai.types import Completion as Answer
 from openai.types.chat import ChatCompletionChunk
 
+from api.engine.answers import Logprobs
 from api.openai.logprobs import OfCompletion, of_chat
 from api.openai.schemas import _UNSERVED, ChatRequest, CompletionRequest
 from api.schemas.generate import GenerateRequest
+from core.errors import GraftError
 from tests import tiny
 from tests.api.conftest import Api, only_sqlite, refused
 from tests.serving.vllm import Vllm
@@ -223,3 +225,11 @@ def test_an_engine_may_tell_nothing_of_the_likeliest_tokens(tops: list[None] | N
     completion = OfCompletion(tiny.tokenizer()).told(told, 1)
     assert completion is not None
     assert [list(top.values()) for top in completion["top_logprobs"]] == [[-1.0]]
+
+
+@pytest.mark.parametrize("name", ["a", "token_id:", "token_id:٣", "token_id:9999999999"])
+def test_tokens_that_an_engine_does_not_name_by_their_ids_are_its_error(name: str) -> None:
+    told: Logprobs = {"tokens": [name], "token_logprobs": [-1.0]}
+    for read in (of_chat, lambda tokenizer, told: OfCompletion(tokenizer).told(told, 1)):
+        with pytest.raises(GraftError, match="not named by their ids"):
+            read(tiny.tokenizer(), told)

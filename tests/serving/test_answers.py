@@ -127,7 +127,6 @@ NO_COMPLETIONS: dict[str, Any] = {
     "error as an end": completion(choice(reason="error")),
     "counts": completion(choice(), usage={"prompt_tokens": "many"}),
     "counts infinite": completion(choice(), usage={"prompt_tokens": float("inf")}),
-    "names of tokens": completion(logprobs(tokens=["a"])),
     "log probabilities null": completion(logprobs(token_logprobs=[None])),
     "log probabilities that are none": completion(logprobs(token_logprobs=[float("nan")])),
     "uneven": completion(logprobs(tokens=["token_id:5", "token_id:6"])),
@@ -225,6 +224,13 @@ def test_what_is_no_stream_is_an_error_before_it_begins(odd: Odd, response: Resp
     with pytest.raises(GraftError) as caught:
         run(odd, begin)
     assert (caught.value.code, caught.value.status) == ("engine_error", 502)
+
+
+def test_an_output_that_goes_on_may_say_so_with_an_empty_word(odd: Odd) -> None:
+    odd.say = chunks(completion(choice(reason="")), completion(choice(text="")))
+    assert [one["choices"][0]["text"] for one in streamed(odd)] == ["Take 50 g", ""]
+    odd.say = chunks(completion(choice(reason="")))
+    assert fails(streamed, odd).code == "engine_unavailable"
 
 
 def test_what_is_impossible_has_a_number(odd: Odd) -> None:
